@@ -1,0 +1,110 @@
+"""The chunked head against dense oracles: padding, tying, dtypes, noise keys, scores."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wmss_jax import head
+from wmss_jax.objectives import LogitMix, entropy, nll
+
+D, V, ROWS, T = 8, 20, 4, 6
+TRAINED = frozenset({"strong", "weak"})
+
+
+def inputs(dtype=jnp.float32):
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(0, 1, shape), dtype)
+    hiddens = {"strong": draw(ROWS, T, D), "weak": draw(ROWS, T, D)}
+    unembeds = {"strong": draw(D, V), "weak": draw(D, V)}
+    targets = jnp.asarray(rng.integers(0, 15, (ROWS, T)), jnp.int32)
+    weights = jnp.asarray(rng.random((ROWS, T)) * (rng.random((ROWS, T)) < 0.6), jnp.float32)
+    index = jnp.broadcast_to(jnp.arange(ROWS, dtype=jnp.int32)[:, None], (ROWS, T))
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (ROWS, T))
+    return hiddens, unembeds, head.Tokens(targets, weights, index, positions)
+
+
+def run(objective, hiddens, unembeds, tokens, **settings):
+    def value(unembeds, hiddens):
+        return head.loss(objective, unembeds, hiddens, tokens, trainable=TRAINED, step=jnp.int32(0),
+                         settings=head.Settings(**settings))  # fmt: skip
+
+    return jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(unembeds, hiddens)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("chunk_tokens", [3, 7, 24])
+def test_padded_vocabulary_is_a_smaller_vocabulary(lam, chunk_tokens):
+    """Rows beyond vocab_size change neither value nor gradients, and get none themselves."""
+    hiddens, unembeds, tokens = inputs()
+    real = {role: W[:, :15] for role, W in unembeds.items()}
+    huge = {role: W.at[:, 15:].set(1e3) for role, W in unembeds.items()}
+    (value, metrics), (dW, dh) = run(LogitMix(lam), hiddens, huge, tokens, vocab_size=15, chunk_tokens=chunk_tokens)
+    (expected, expected_metrics), (dW_real, dh_real) = run(LogitMix(lam), hiddens, real, tokens)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    assert metrics == expected_metrics
+    for role in TRAINED:
+        np.testing.assert_allclose(dW[role][:, :15], dW_real[role], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(dW[role][:, 15:], 0.0)
+        np.testing.assert_allclose(dh[role], dh_real[role], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_hidden_states_accumulate_head_gradients_in_float32():
+    """dW of many tiny chunks equals dW of one chunk: were it rounded to bfloat16 in between, it would not."""
+    hiddens, unembeds, tokens = inputs(jnp.bfloat16)
+    unembeds = jax.tree.map(lambda W: W.astype(jnp.float32), unembeds)
+    (_, (dW_one, _)), (_, (dW_many, _)) = (
+        run(LogitMix(), hiddens, unembeds, tokens, chunk_tokens=chunk) for chunk in (24, 1)
+    )
+    assert dW_one["strong"].dtype == jnp.float32
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), dW_one, dW_many)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noisy:
+    """nll of noisy logits: the noise must follow the token, not its place in a chunk."""
+
+    roles: ClassVar[tuple[str, ...]] = ("strong",)
+
+    def __call__(self, logits, targets_N, ctx):
+        noise_NV = jax.vmap(lambda key: jax.random.normal(key, (V,)))(ctx.key_N)
+        return nll(logits["strong"] + noise_NV, targets_N), {"noise": noise_NV[:, 0]}
+
+
+def test_noise_depends_on_example_and_position_alone():
+    hiddens, unembeds, tokens = inputs()
+    order = np.array([2, 0, 3, 1])
+    shuffled = jax.tree.map(lambda x: x[order], (hiddens, tokens))
+    (value, _), _ = run(Noisy(), hiddens, unembeds, tokens, chunk_tokens=5)
+    (moved, _), _ = run(Noisy(), shuffled[0], unembeds, shuffled[1], chunk_tokens=7)
+    np.testing.assert_allclose(value, moved, rtol=1e-6)
+    other_rows = tokens._replace(example_index=tokens.example_index + 10)
+    assert abs(run(Noisy(), hiddens, unembeds, other_rows)[0][0] - value) > 1e-3
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 100])
+def test_score_equals_dense(chunk_tokens):
+    hiddens, unembeds, tokens = inputs()
+    settings = head.Settings(vocab_size=15, chunk_tokens=chunk_tokens)
+    scores = head.score(unembeds["weak"], hiddens["weak"], tokens.targets, settings)
+    z = (hiddens["weak"] @ unembeds["weak"])[..., :15].reshape(-1, 15)
+    np.testing.assert_allclose(scores["entropy"].reshape(-1), entropy(z), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores["nll"].reshape(-1), nll(z, tokens.targets.reshape(-1)), rtol=1e-5, atol=1e-6)
+
+
+def test_metrics_carry_no_gradient_and_evaluation_takes_none():
+    hiddens, unembeds, tokens = inputs()
+    metric = lambda W: head.loss(LogitMix(), W, hiddens, tokens, trainable=TRAINED, step=jnp.int32(0))[1]["accuracy"]
+    assert all(not leaf.any() for leaf in jax.tree.leaves(jax.grad(metric)(unembeds)))
+    forward = jax.jit(lambda W: head.loss(LogitMix(), W, hiddens, tokens, trainable=TRAINED, step=jnp.int32(0)))
+    dots = forward.lower(unembeds).as_text().count("dot_general")
+    assert dots == 2, "a forward pass is one matmul a role"
+
+
+def test_all_weights_zero_is_a_zero_loss():
+    hiddens, unembeds, tokens = inputs()
+    (value, _), grads = run(LogitMix(), hiddens, unembeds, tokens._replace(weights=jnp.zeros((ROWS, T))))
+    assert value == 0 and all(not leaf.any() for leaf in jax.tree.leaves(grads))

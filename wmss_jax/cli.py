@@ -1,0 +1,130 @@
+"""The command line: `wmss COMMAND`. Every command parses, calls and prints; the work is elsewhere.
+
+Modules are imported inside the commands, so that `wmss --help` needs neither jax nor pydantic.
+Exit codes: 0 done; 1 a crash, with a traceback; 2 the user's mistake; 75 saved, start me again.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+# Plain text, because help and errors are also read in the logs of a pod; rich costs start-up time.
+_PLAIN = {"rich_markup_mode": None, "no_args_is_help": True}
+app = typer.Typer(
+    **_PLAIN,
+    help="Weak-driven learning (WMSS) for language models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,  # typer would print its own traceback before `main` sees it
+)
+convert_app = typer.Typer(**_PLAIN, help="Checkpoints from and to the Hugging Face format.")
+app.add_typer(convert_app, name="convert")
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"wmss-jax {version('wmss-jax')}")
+        raise typer.Exit()
+    return wanted
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and exit."),
+    ] = False,
+) -> None:
+    del version  # its callback has run
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for an editor to complete and check it."""
+    from wmss_jax.config import json_schema
+    from wmss_jax.objectives import OBJECTIVES
+
+    typer.echo(json.dumps(json_schema({"objective": OBJECTIVES}), indent=2))
+
+
+@convert_app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="Hugging Face directory or hub id.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint directory to write.")],
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Default: the source's own.")] = None,
+) -> None:
+    """Turn a Hugging Face model into a checkpoint."""
+    from wmss_jax import convert
+
+    convert.import_(source, out, dtype=dtype)
+    typer.echo(f"wrote {out}")
+
+
+@convert_app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face directory to write.")],
+    role: Annotated[str, typer.Option(help="Which of the checkpoint's models.")] = "strong",
+) -> None:
+    """Turn one role of a checkpoint into a Hugging Face model."""
+    from wmss_jax import convert
+
+    convert.export(checkpoint, out, role=role)
+    typer.echo(f"wrote {out}")
+
+
+@convert_app.command()
+def check(
+    directory: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
+) -> None:
+    """Print one verdict a line on a converted model; exit 2 if any is bad."""
+    from wmss_jax import convert
+
+    failed = False
+    for verdict, ok in convert.check(directory):
+        typer.echo(verdict)
+        failed |= not ok
+    if failed:
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Runs the command line and ends the process with its exit code.
+
+    WMSS_DEBUG=1 shows the traceback of the user's mistakes, too.
+    """
+    try:
+        app(prog_name="wmss")
+    except Exception as error:
+        if not _is_mistake(error):
+            raise
+        if os.environ.get("WMSS_DEBUG") == "1":
+            traceback.print_exc()
+        message = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{error.filename}: {error.strerror}"  # without "[Errno 2]"
+        for line in message.splitlines():
+            print(f"wmss: error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether the user can mend it, which its message then says; all else is a crash.
+
+    That is a path that is missing, taken, of the wrong kind or closed to us, wherever it was met;
+    and a ValueError that this package itself raised, told by the innermost frame: one out of jax
+    or numpy is a bug of ours. A TypeError is a wrong call, hence always a bug. A full disk or a
+    broken network (other OSErrors) is no mistake.
+    """
+    paths = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError
+    if isinstance(error, paths | PermissionError):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_in = frame.f_globals.get("__name__", "")
+    return isinstance(error, ValueError) and raised_in.partition(".")[0] == "wmss_jax"

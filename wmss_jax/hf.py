@@ -1,0 +1,280 @@
+"""Hugging Face directories and hub ids to parameters and back, tensor by tensor; no pickles, no remote code."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, PyTree
+
+from wmss_jax import tensorfile
+from wmss_jax.models import ARCHS, CausalLM, hf_config
+from wmss_jax.models.table import Row
+
+# Everything besides weights and config that makes a directory usable: tokenizer, chat template, generation settings.
+CARRIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+MAX_SHARD_BYTES = 5 * 10**9
+# Keys that the released two-branch checkpoints add to a Qwen3 config (their EnsembleQwen3/modeling_qwen3.py).
+_BRANCH_KEYS = ("num_sub_models", "is_llmboost", "sub_model_cfgs", "fusion_lambda")
+_BRANCHES = {"weak": "sub_models.0.", "strong": "sub_models.1."}
+
+
+def load(
+    path_or_hub_id: str | os.PathLike,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    *,
+    compute_dtype: str | None = None,
+    remat: str = "none",
+    vocab_size: int | None = None,
+) -> tuple[CausalLM, PyTree[Array]]:
+    """Return a model and its parameters from a Hugging Face directory or hub id.
+
+    Args:
+        mesh: parameters are read straight into their shards on it; default: the default device.
+        dtype: of the parameters, such as "float32" for training; default: that of the file.
+        compute_dtype, remat, vocab_size: see `CausalLM`.
+
+    Raises:
+        FileNotFoundError: no such directory or hub id, or no safetensors in it.
+        ValueError: the config asks for something unimplemented, or tensors are missing, extra or misshaped.
+    """
+    directory = resolve(path_or_hub_id)
+    hf = read_config(directory)
+    if "num_sub_models" in hf:
+        raise ValueError(f"{directory}: holds two branches; `wmss convert import` splits them into roles")
+    model = from_config(hf, compute_dtype=compute_dtype, remat=remat, vocab_size=vocab_size)
+    return _read(model, directory, tensorfile.tensors(directory), mesh, dtype)
+
+
+def load_branches(
+    path_or_hub_id: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None
+) -> tuple[CausalLM, dict[str, PyTree[Array]], float]:
+    """Return (model, {"weak": params, "strong": params}, λ) of a two-branch checkpoint of the released code.
+
+    Its `sub_models.0.` is the weak branch, `sub_models.1.` the strong one; λ is `fusion_lambda`, 0.5 if not given.
+    """
+    directory = resolve(path_or_hub_id)
+    hf = read_config(directory)
+    tensors = tensorfile.tensors(directory)
+    stray = [name for name in tensors if not name.startswith(tuple(_BRANCHES.values()))]
+    if stray:
+        raise ValueError(f"{directory}: not a two-branch checkpoint: extra {', '.join(stray)}")
+    model = from_config({key: value for key, value in hf.items() if key not in _BRANCH_KEYS})
+    roles = {}
+    for role, prefix in _BRANCHES.items():
+        branch = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        model, roles[role] = _read(model, directory, branch, mesh, dtype)
+    return model, roles, float(hf.get("fusion_lambda", 0.5))
+
+
+def is_two_branch(path_or_hub_id: str | os.PathLike) -> bool:
+    """Return whether a directory is a two-branch checkpoint of the released code."""
+    return "num_sub_models" in read_config(resolve(path_or_hub_id))
+
+
+def save(
+    model: CausalLM,
+    params: PyTree[Array],
+    out_dir: str | os.PathLike,
+    *,
+    tokenizer_from: str | os.PathLike | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face directory that transformers, vLLM and lm-eval load, each tensor in its source's dtype.
+
+    The directory appears whole or not at all.
+
+    Args:
+        out_dir: must not exist, or be empty.
+        tokenizer_from: directory or hub id to copy tokenizer, template and generation files from, and those keys of
+            config.json that say nothing about the architecture (token ids, for instance).
+
+    Raises:
+        FileExistsError: `out_dir` holds something.
+    """
+    source = None if tokenizer_from is None else resolve(tokenizer_from)
+    with new_directory(out_dir) as directory:
+        dtypes = dict(model.file_dtypes) or {row.path: str(_leaf(params, row).dtype) for row in model.rows}
+        config = _merged_config(model, dtypes["embed"], source)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name in CARRIED:
+            if source is not None and (source / name).exists():
+                shutil.copyfile(source / name, directory / name)
+        sizes = {
+            name: math.prod(row.their_shape(model.config.sizes)) * jnp.dtype(dtypes[row.path]).itemsize
+            for row in model.rows
+            for name in row.names(model.config.sizes)
+        }
+        tensorfile.write(directory, _their_tensors(model, params, dtypes), sizes, max_shard_bytes)
+
+
+def resolve(path_or_hub_id: str | os.PathLike) -> Path:
+    """Return the local directory of a path, or of a hub id after downloading it.
+
+    Raises:
+        FileNotFoundError: neither a directory nor a hub id that can be had.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    name = str(path_or_hub_id)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"{name}: no such directory, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name}: no such directory, and the hub gave nothing: {reason}") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return config.json as a dict."""
+    file = directory / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{directory}: has no config.json")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+
+
+def from_config(hf: Mapping[str, Any], **settings: Any) -> CausalLM:
+    """Return the model of a config.json; `settings` are the other fields of `CausalLM`.
+
+    Raises:
+        ValueError: the family, or something its config asks for, is not implemented.
+    """
+    arch = hf.get("model_type")
+    if arch not in ARCHS:
+        raise ValueError(f"config.json: model_type {arch!r} is not implemented; implemented: {', '.join(ARCHS)}")
+    return CausalLM(arch, ARCHS[arch].from_hf(dict(hf)), **settings)
+
+
+@contextlib.contextmanager
+def new_directory(out_dir: str | os.PathLike) -> Iterator[Path]:
+    """Give a directory to fill that takes its final name only when the block ends without an error.
+
+    Raises:
+        FileExistsError: `out_dir` exists and is not empty.
+    """
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: exists already; choose another directory or remove it")
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _read(
+    model: CausalLM, directory: Path, tensors: dict[str, tensorfile.Tensor], mesh: Mesh | None, dtype: str | None
+) -> tuple[CausalLM, PyTree[Array]]:
+    sizes = model.config.sizes
+    _check_names_and_shapes(model, directory, tensors)
+    leaves, dtypes = {}, {}
+    for row in model.rows:
+        parts = [tensors[name] for name in row.names(sizes)]
+        # The widest, where layers differ: exact, and `save` narrows it again exactly.
+        file_dtype = jnp.dtype(jnp.result_type(*{part.dtype for part in parts}))
+        dtypes[row.path] = str(file_dtype)
+        letters_sharding = model.sharding(row, mesh)
+        leaves[row.path] = _read_leaf(row, parts, sizes, jnp.dtype(dtype or file_dtype), letters_sharding)
+    model = CausalLM(
+        model.arch, model.config, model.compute_dtype, model.remat, model.vocab_size, tuple(dtypes.items())
+    )
+    return model, model.tree(leaves)
+
+
+def _read_leaf(
+    row: Row, parts: list[tensorfile.Tensor], sizes: Mapping[str, int], dtype: Any, sharding: NamedSharding | None
+) -> Array:
+    """Return one parameter, each shard assembled from the layers it needs."""
+    shape = row.our_shape(sizes)
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        if not row.stacked:
+            return np.ascontiguousarray(row.to_ours(parts[0].read(), sizes)[index], dtype)
+        out = np.empty([len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)], dtype)
+        for slot, part in enumerate(parts[index[0]]):
+            out[slot] = row.to_ours(part.read(), sizes)[index[1:]]
+        return out
+
+    if sharding is None:
+        return jnp.asarray(shard(tuple(slice(None) for _ in shape)))
+    return jax.make_array_from_callback(shape, sharding, shard)  # pyright: ignore[reportArgumentType]
+
+
+def _check_names_and_shapes(model: CausalLM, directory: Path, tensors: dict[str, tensorfile.Tensor]) -> None:
+    """Raise ValueError with everything that is wrong, on both sides; drop a tied head that repeats the embedding."""
+    sizes = model.config.sizes
+    expected = {name: row.their_shape(sizes) for row in model.rows for name in row.names(sizes)}
+    tied = [row for row in ARCHS[model.arch].TABLE if row.untied_only and row not in model.rows]
+    embed = next(row for row in model.rows if row.path == "embed")
+    for row in tied:
+        head = tensors.pop(row.name, None)
+        if head is not None and not np.array_equal(head.read(), tensors[embed.name].read()):
+            raise ValueError(
+                f"{directory}: config.json ties {row.name} to {embed.name}, but the file holds different values; "
+                f"set tie_word_embeddings to false, or remove {row.name}"
+            )
+    extra = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "extra": extra,
+        "misshaped": [
+            f"{name} (file {list(tensors[name].shape)}, config {list(shape)})"
+            for name, shape in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"{directory}: tensors and config.json ({model.arch}) do not match: {listed}")
+
+
+def _their_tensors(model: CausalLM, params: PyTree, dtypes: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
+    sizes = model.config.sizes
+    for row in model.rows:
+        leaf = _leaf(params, row)
+        for layer, name in enumerate(row.names(sizes)):
+            array = np.asarray(leaf[layer] if row.stacked else leaf)
+            yield name, row.to_theirs(array, sizes).astype(jnp.dtype(dtypes[row.path]))
+
+
+def _leaf(params: PyTree, row: Row) -> Array:
+    for name in row.path.split("."):
+        params = params[name]
+    return params
+
+
+def _merged_config(model: CausalLM, dtype: str, source: Path | None) -> dict[str, Any]:
+    """Return our config over what the source's config.json says besides, in a form transformers 4 and 5 both read."""
+    base = read_config(source) if source is not None and (source / "config.json").exists() else {}
+    base = {key: value for key, value in base.items() if key not in _BRANCH_KEYS}
+    if base.get("model_type") != model.arch:
+        base = {}
+    ours = ARCHS[model.arch].to_hf(model.config)
+    # transformers 4 ignores `rope_parameters`, 5 prefers it; 4 before .56 reads `torch_dtype`, later ones `dtype`.
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": hf_config.rope_theta(ours)}}
+    return {**base, **ours, **rope, "dtype": dtype, "torch_dtype": dtype}

@@ -1,0 +1,165 @@
+"""Causal language models as pure functions of a parameter dict; one file per family.
+
+`ARCHS` maps Hugging Face's `model_type` to the file of that family. A family's file has `Config`, `Model`, `TABLE`,
+`from_hf` and `to_hf`; everything else sees `CausalLM`.
+"""
+
+import dataclasses
+import functools
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, PyTree
+
+from wmss_jax import head, precision, sharding
+from wmss_jax.models import layers, qwen3
+from wmss_jax.models.table import Row
+
+ARCHS: dict[str, ModuleType] = {"qwen3": qwen3}
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+    """A model without its parameters: hashable, static under jit, and equal for equal settings.
+
+    Attributes:
+        arch: the family, a key of ARCHS.
+        config: that family's `Config`.
+        compute_dtype: of activations and matmuls; None computes in the dtype of the parameters.
+        remat: what a layer keeps for the backward pass: "none" keeps all, "dots" matmul results, "full" nothing.
+        vocab_size: tokens that exist. Rows beyond it are padding and get no probability; None: every row is a token.
+        file_dtypes: (path, dtype) of the checkpoint's tensors, in which `save` writes; no part of equality.
+    """
+
+    arch: str
+    config: Any
+    compute_dtype: str | None = None
+    remat: str = "none"
+    vocab_size: int | None = None
+    file_dtypes: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
+
+    def hidden(
+        self,
+        params: PyTree[Array],
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Return the final-norm hidden states, [B, T, D] in the compute dtype.
+
+        Args:
+            positions: restart at 0 in every segment; default 0, 1, 2, ... in each row.
+            segments: tokens attend within their own segment only; default one segment a row.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+        segments = jnp.ones_like(tokens) if segments is None else segments
+        dtype = self.dtype(params)
+        with precision.matmuls_in(dtype):
+            return self._merge(params).hidden(tokens, positions, segments, dtype=dtype, remat=self.remat)
+
+    def decode(
+        self,
+        params: PyTree[Array],
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: layers.Cache,
+    ) -> tuple[Float[Array, "B T D"], layers.Cache]:
+        """Return `hidden` of tokens that follow those in the cache, and the cache with these added.
+
+        The same function reads a prompt (T > 1, empty cache) and continues it (T = 1).
+
+        Args:
+            positions: of the tokens, consecutive in every row and below the cache's length. Tokens at
+                positions above a row's own may be anything: later ones overwrite them.
+            cache: from `empty_cache`, or returned by an earlier call.
+        """
+        dtype = self.dtype(params)
+        with precision.matmuls_in(dtype):
+            return self._merge(params).decode(tokens, positions, cache, dtype=dtype)
+
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype | str) -> layers.Cache:
+        """Return a cache for `batch` rows of up to `length` tokens, two arrays [L, B, S, K, H]."""
+        sizes = {**self.config.sizes, "B": batch, "S": length}
+        shape = tuple(sizes[letter] for letter in "LBSKH")
+        zeros = lambda: sharding.constrain(jnp.zeros(shape, dtype), "L B S K H")
+        return layers.Cache(zeros(), zeros())
+
+    def dtype(self, params: PyTree[Array]) -> jnp.dtype:
+        """Return the dtype that activations are computed in."""
+        return jnp.dtype(self.compute_dtype or params["embed"].dtype)
+
+    def unembed(self, params: PyTree[Array]) -> Float[Array, "D V"]:
+        """Return the head's matrix, hidden states to logits; for tied models the embedding, transposed."""
+        return self._merge(params).unembed_matrix()
+
+    def logits(
+        self,
+        params: PyTree[Array],
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Return float32 logits [B, T, V], whole: for small uses and tests; training never makes this array."""
+        hidden_BTD = self.hidden(params, tokens, positions, segments)
+        with precision.matmuls_in(hidden_BTD.dtype):
+            return head.logits(hidden_BTD, self.unembed(params), self.vocab_size)
+
+    def init(self, key: Array, dtype: str = "float32", mesh: Mesh | None = None) -> PyTree[Array]:
+        """Return random parameters; with a mesh they are born sharded."""
+        make = lambda key: nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=key), jnp.dtype(dtype))))
+        return jax.jit(make, out_shardings=self.shardings(mesh))(key)
+
+    def abstract(self, dtype: str = "float32") -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes of the parameters."""
+        sizes = self.config.sizes
+        return self.tree({row.path: jax.ShapeDtypeStruct(row.our_shape(sizes), jnp.dtype(dtype)) for row in self.rows})
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of the family's TABLE that this config has."""
+        return tuple(row for row in ARCHS[self.arch].TABLE if not (row.untied_only and self.config.tied))
+
+    @property
+    def letters(self) -> PyTree[str]:
+        """The shape letters of every parameter, as a tree like the parameters."""
+        return self.tree({row.path: row.letters for row in self.rows})
+
+    def shardings(self, mesh: Mesh | None) -> PyTree | None:
+        """Return the shardings of the parameters on `mesh`; None without one."""
+        return None if mesh is None else self.tree({row.path: self.sharding(row, mesh) for row in self.rows})
+
+    def sharding(self, row: Row, mesh: Mesh | None) -> NamedSharding | None:
+        """Return the sharding of one parameter on `mesh`; None without one."""
+        return None if mesh is None else sharding.param_sharding(row.letters, row.our_shape(self.config.sizes), mesh)
+
+    @property
+    def vocabulary(self) -> tuple[int, int]:
+        """(tokens that exist, rows of the head); roles whose logits meet must agree in both."""
+        rows = self.config.sizes["V"]
+        return (rows if self.vocab_size is None else self.vocab_size, rows)
+
+    @staticmethod
+    def tree(leaves: dict[str, Any]) -> dict[str, Any]:
+        """Return {"a.b": x} as {"a": {"b": x}}."""
+        root: dict[str, Any] = {}
+        for path, leaf in leaves.items():
+            *parents, last = path.split(".")
+            functools.reduce(lambda node, name: node.setdefault(name, {}), parents, root)[last] = leaf
+        return root
+
+    def _make(self, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.Module:
+        return ARCHS[self.arch].Model(self.config, rngs, dtype)
+
+    def _merge(self, params: PyTree[Array]) -> Any:
+        return nnx.merge(_graphdef(self.arch, self.config), params)
+
+
+@functools.cache
+def _graphdef(arch: str, config: Any) -> nnx.GraphDef:
+    """Return the structure of a family's module, made once per config and without allocating parameters."""
+    make = lambda: ARCHS[arch].Model(config, nnx.Rngs(0), jnp.dtype("float32"))
+    return nnx.split(nnx.eval_shape(make))[0]

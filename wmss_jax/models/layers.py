@@ -1,0 +1,159 @@
+"""The parts that families share, and the letters every shape in this library is written in.
+
+    B batch        D model width     N query heads           L layers
+    T query time   F MLP width       K kv heads              V vocabulary
+    S key time     H head size       G query heads per kv head = N / K
+
+Arrays of rank >= 1 end in their letters (`q_BTNH`), einsums and conversion tables use the same ones. Parameters keep
+the dtype they are stored in and are cast to the activations' dtype where they are used; norms and softmax are
+computed in float32.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from wmss_jax import sharding
+from wmss_jax.attention import attention
+
+INIT_STD = 0.02  # of every matrix; Hugging Face's `initializer_range` for these families
+
+# What a layer keeps for its backward pass: everything, the results of matmuls, or only its input.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def matrix(rngs: nnx.Rngs, dtype: jnp.dtype, *shape: int) -> nnx.Param:
+    """Return a normally distributed weight of the given shape."""
+    return nnx.Param((INIT_STD * jax.random.normal(rngs.params(), shape)).astype(dtype))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale over the last axis, in float32."""
+
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        wide = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), range(x.ndim - 1))
+        return (wide * inverse_rms * scale).astype(x.dtype)
+
+
+def rotate(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+    """Return `x` with rotary position embeddings, the halves convention of Hugging Face (not interleaved).
+
+    RoFormer, arXiv 2104.09864, eq. 34; pairs (i, i + H/2) rotate by position · theta^(-2i/H).
+    """
+    half = x_BTNH.shape[-1] // 2
+    frequencies_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_h[None, None, None]
+    cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far: slot s of a row holds the token at position s.
+
+    So positions alone say what is visible, and padding after a short prompt is overwritten by the
+    continuation before any query can see it. Of all layers: stacked along a leading axis L.
+    """
+
+    k_BSKH: Float[Array, "*L B S K H"]
+    v_BSKH: Float[Array, "*L B S K H"]
+
+
+def cached_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segments_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    cache: Cache | None,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Cache | None]:
+    """Return `attention` over a layer's cache after adding these tokens to it; without one, over them alone.
+
+    Args:
+        positions_BT: with a cache, consecutive in every row, and below S.
+        cache: of this layer; rows are one segment each.
+    """
+    if cache is None:
+        return attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, positions_BT, scale=scale), None
+    start_B = positions_BT[:, 0]
+    put = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
+    hold = lambda old, new: sharding.constrain(put(old, new.astype(old.dtype), start_B), "B S K H")
+    cache = Cache(hold(cache.k_BSKH, k_BTKH), hold(cache.v_BSKH, v_BTKH))
+    B, S = cache.k_BSKH.shape[:2]
+    slots_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BT.dtype)[None], (B, S))
+    out_BTNH = attention(
+        q_BTNH,
+        cache.k_BSKH.astype(q_BTNH.dtype),
+        cache.v_BSKH.astype(q_BTNH.dtype),
+        segments_BT,
+        positions_BT,
+        scale=scale,
+        kv_segments_BS=jnp.ones_like(slots_BS),
+        kv_positions_BS=slots_BS,
+    )
+    return out_BTNH, cache
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU: (silu(x·gate) ∘ x·up)·down."""
+
+    def __init__(self, D: int, F: int, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.gate_proj = matrix(rngs, dtype, D, F)
+        self.up_proj = matrix(rngs, dtype, D, F)
+        self.down_proj = matrix(rngs, dtype, F, D)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate_proj[...].astype(x_BTD.dtype))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up_proj[...].astype(x_BTD.dtype))
+        inner_BTF = sharding.constrain(jax.nn.silu(gate_BTF) * up_BTF, "B T F")
+        return jnp.einsum("BTF,FD->BTD", inner_BTF, self.down_proj[...].astype(x_BTD.dtype))
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Return `layers` layers as one module whose parameters have a leading axis L."""
+    return nnx.vmap(make)(rngs.split(layers))
+
+
+def scan(
+    layers: nnx.Module,
+    x_BTD: Float[Array, "B T D"],
+    body: Callable,
+    remat: str,
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Return (x, cache) after `x, cache[l] = body(layer, x, cache[l])` for every stacked layer l.
+
+    Compiled once for all layers. Without a cache, `body` gets and returns None in its place.
+    """
+    graphdef, params = nnx.split(layers)
+
+    def step(x_BTD: Array, layer: tuple[nnx.State, Cache | None]) -> tuple[Array, Cache | None]:
+        layer_params, layer_cache = layer
+        x_BTD, layer_cache = body(nnx.merge(graphdef, layer_params), x_BTD, layer_cache)
+        return sharding.constrain(x_BTD, "B T D"), layer_cache
+
+    if REMAT_POLICIES[remat] is not None:
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(step, x_BTD, (params, cache))
+
+
+__all__ = [
+    "REMAT_POLICIES", "Cache", "GatedMLP", "RMSNorm", "attention", "cached_attention", "matrix", "rotate", "scan",
+    "stack",
+]  # fmt: skip

@@ -1,0 +1,84 @@
+"""The optimizer of a run: AdamW with a schedule, decay by name, clipping joint over the trained roles, and an EMA."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+if TYPE_CHECKING:
+    from wmss_jax.config import OptimizerConfig
+
+
+def make(config: "OptimizerConfig", total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Return the gradient transformation and its learning-rate schedule.
+
+    Clipping acts on the joint norm of everything that is trained: with a trained weak role, of both roles together,
+    as in the released code.
+    """
+    schedule = learning_rate(config, total_steps)
+    adamw = optax.adamw(
+        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
+    )
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
+    ema = [average(config.ema_decay)] if config.ema_decay is not None else []
+    return optax.chain(*clip, adamw, *ema), schedule
+
+
+def learning_rate(config: "OptimizerConfig", total_steps: int) -> optax.Schedule:
+    """Return lr(count): linear warm-up to the peak, then the chosen decay to `min_lr_ratio` of it at `total_steps`.
+
+    Step `count` is the number of updates made before; the first update already moves (peak / warm-up steps), unlike
+    in transformers, where its learning rate is 0.
+
+    Raises:
+        ValueError: the warm-up is longer than the run.
+    """
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_fraction * total_steps)
+    if warmup > total_steps:
+        raise ValueError(f"optimizer.warmup_steps: {warmup} steps of warm-up in a run of {total_steps} steps")
+    decay_steps = max(1, total_steps - warmup)
+    floor = config.min_lr_ratio * config.peak_lr
+    decay = {
+        "constant": optax.constant_schedule(config.peak_lr),
+        "linear": optax.linear_schedule(config.peak_lr, floor, decay_steps),
+        "cosine": optax.cosine_decay_schedule(config.peak_lr, decay_steps, alpha=config.min_lr_ratio),
+    }[config.schedule]
+    if warmup == 0:
+        return decay
+    rise = optax.linear_schedule(config.peak_lr / warmup, config.peak_lr, max(1, warmup - 1))
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def decayed(params: PyTree[Array]) -> PyTree[bool]:
+    """Return which parameters decay: matrices, not norms or biases, told by name (stacked norms have rank 2)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not any("norm" in str(key) or "bias" in str(key) for key in path), params
+    )
+
+
+class AverageState(NamedTuple):
+    """`average`: float32 parameters, averaged over the updates made so far."""
+
+    average: PyTree[Array]
+
+
+def average(decay: float) -> optax.GradientTransformation:
+    """Return a last link of a chain that passes updates on and keeps an exponential moving average of the parameters.
+
+    Read it with `optax.tree.get(opt_state, "average")`.
+    """
+
+    def init(params: PyTree[Array]) -> AverageState:
+        return AverageState(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, AverageState]:
+        if params is None:
+            raise ValueError("the average of the parameters needs them: call tx.update(grads, state, params)")
+        blend = lambda mean, p, u: decay * mean + (1 - decay) * (p + u).astype(jnp.float32)
+        return updates, AverageState(jax.tree.map(blend, state.average, params, updates))
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,287 @@
+"""The step: trained roles, frozen roles and a batch in; a new state and metrics out. Pure functions, jit-compiled.
+
+A batch is a dict of arrays [B, T]: `tokens`, `targets` int32 (targets[b, t] = tokens[b, t+1] inside a segment),
+`loss_weights` float32 (0 at a segment's last position and wherever the target is not trained on), and optionally
+`segments` (0 = padding), `positions` (restart in every segment) and `example_index` int32.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PyTree
+
+from wmss_jax import head, sharding
+from wmss_jax.models import CausalLM
+from wmss_jax.objectives import Objective
+
+Batch = Mapping[str, Array | np.ndarray]
+Metrics = dict[str, Float[Array, ""]]
+Models = CausalLM | Mapping[str, CausalLM]
+
+
+class TrainState(NamedTuple):
+    """All that training changes: optimizer step, parameters of the trained roles, optimizer state."""
+
+    step: Int[Array, ""]
+    params: PyTree[Array]
+    opt_state: PyTree[Array]
+
+
+def init_state(params: Mapping[str, PyTree[Array]], tx: optax.GradientTransformation) -> TrainState:
+    """Return the state before the first step; optimizer state is born sharded like the parameters it belongs to.
+
+    Args:
+        params: {role: parameters} of the trained roles; copied, since the train step gives the state's memory away.
+    """
+    params = jax.tree.map(jnp.copy, dict(params))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    one = jax.tree.leaves(shardings)[0]
+    if not isinstance(one, NamedSharding):
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
+    replicated = NamedSharding(one.mesh, P())
+    opt_shardings = _map_params(tx, lambda _, sharding: sharding, params, shardings, otherwise=lambda _: replicated)
+    opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated), params, opt_state)
+
+
+def loss(
+    models: Models,
+    objective: Objective,
+    params: Mapping[str, PyTree[Array]],
+    frozen: Mapping[str, PyTree[Array]],
+    batch: Batch,
+    *,
+    mesh: Mesh | None = None,
+    chunk_tokens: int | None = None,
+    step: int | Int[Array, ""] = 0,
+    seed: int = 0,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Return the mean loss over the batch's loss tokens and the metrics, averaged alike; float32 scalars.
+
+    Σ w·ℓ / Σ w over the whole batch; differentiable once in `params`, the first of the two dicts.
+
+    Args:
+        models: one model for all roles, or {role: model}.
+        params, frozen: {role: parameters}; together they hold the objective's roles.
+        chunk_tokens: tokens whose logits exist at once on a device; default by memory.
+        step, seed: what schedules and noise in the objective depend on.
+
+    Raises:
+        ValueError: a role is missing, or two roles differ in vocabulary.
+    """
+    full = complete(batch)
+    weights = full["loss_weights"] / jnp.maximum(jnp.sum(full["loss_weights"]), 1e-9)
+    with sharding.use(mesh):
+        options = {"mesh": mesh, "chunk_tokens": chunk_tokens, "step": step, "seed": seed}
+        return _weighted_loss(models, objective, params, frozen, {**full, "loss_weights": weights}, **options)
+
+
+def make_train_step(
+    models: Models,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    micro_batches: int = 1,
+    donate: bool = True,
+    chunk_tokens: int | None = None,
+    seed: int = 0,
+) -> Callable[[TrainState, Mapping[str, PyTree], Batch], tuple[TrainState, Metrics]]:
+    """Return the jitted step (state, frozen, batch) -> (state, metrics).
+
+    Metrics are those of `loss` besides `loss`, `grad_norm` (before clipping) and `loss_tokens` (Σ weights).
+
+    Args:
+        micro_batches: parts of the batch whose gradients are added up one after another; the division by the global
+            token count comes once, so the result does not depend on it.
+        donate: reuse the old state's memory for the new one; the old state is gone after the call.
+    """
+    step = functools.partial(
+        train_step, models=models, objective=objective, tx=tx, mesh=mesh, micro_batches=micro_batches,
+        chunk_tokens=chunk_tokens, seed=seed,
+    )  # fmt: skip
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def train_step(
+    state: TrainState,
+    frozen: Mapping[str, PyTree[Array]],
+    batch: Batch,
+    *,
+    models: Models,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    micro_batches: int = 1,
+    chunk_tokens: int | None = None,
+    seed: int = 0,
+) -> tuple[TrainState, Metrics]:
+    """Return the state after one optimizer step on `batch`, and the step's metrics (see `make_train_step`)."""
+    full = complete(batch)
+    loss_tokens = jnp.sum(full["loss_weights"])
+    # Normalised up front: micro-batches then simply add up, whatever their share of the tokens is.
+    full = {**full, "loss_weights": full["loss_weights"] / jnp.maximum(loss_tokens, 1e-9)}
+    letters = {role: _model(models, role).letters for role in state.params}
+    options = {"mesh": mesh, "chunk_tokens": chunk_tokens, "step": state.step, "seed": seed}
+
+    def part_of(micro_batch: dict[str, Array]) -> tuple[Metrics, PyTree]:
+        value_of = lambda params: _weighted_loss(models, objective, params, frozen, micro_batch, **options)
+        (value, metrics), grads = jax.value_and_grad(value_of, has_aux=True)(state.params)
+        return {"loss": value, **metrics}, sharding.constrain_params(grads, letters)
+
+    with sharding.use(mesh):
+        metrics, grads = _sum_over(part_of, full, micro_batches, sharding.batch_shards(mesh))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = sharding.constrain_params(optax.apply_updates(state.params, updates), letters)
+        opt_state = _map_params(
+            tx, lambda leaf, axes: sharding.constrain_params(leaf, axes), state.params, letters, tree=opt_state
+        )
+    metrics |= {"grad_norm": optax.tree.norm(grads), "loss_tokens": loss_tokens}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def make_eval_step(
+    models: Models, objective: Objective, *, mesh: Mesh | None = None, chunk_tokens: int | None = None
+) -> Callable[[Mapping[str, PyTree], Batch], Metrics]:
+    """Return the jitted ({role: params}, batch) -> metrics of `loss`, `loss` and `loss_tokens` among them."""
+
+    def eval_step(params: Mapping[str, PyTree], batch: Batch) -> Metrics:
+        value, metrics = loss(models, objective, {}, params, batch, mesh=mesh, chunk_tokens=chunk_tokens)
+        return {"loss": value, **metrics, "loss_tokens": jnp.sum(batch["loss_weights"])}
+
+    return jax.jit(eval_step)
+
+
+def score(
+    model: CausalLM,
+    params: PyTree[Array],
+    batch: Batch,
+    *,
+    mesh: Mesh | None = None,
+    chunk_tokens: int | None = None,
+) -> dict[str, Float[Array, "B T"]]:
+    """Return {"entropy", "nll"} in nats, float32 [B, T]: at position t of the distribution that predicts token t+1.
+
+    `curriculum.example_means` turns them into one number per example. Pure; jit it where it is called often.
+    """
+    full = complete(batch)
+    settings = head.Settings(mesh, model.vocab_size, chunk_tokens)
+    with sharding.use(mesh):
+        hidden_BTD = model.hidden(params, full["tokens"], full["positions"], full["segments"])
+        return head.score(model.unembed(params), hidden_BTD, full["targets"], settings)
+
+
+def complete(batch: Batch) -> dict[str, Array]:
+    """Return the batch with `segments`, `positions` and `example_index` filled in where they were left out.
+
+    Raises:
+        ValueError: `tokens`, `targets` or `loss_weights` is missing, or shapes differ.
+    """
+    missing = {"tokens", "targets", "loss_weights"} - batch.keys()
+    if missing:
+        raise ValueError(f"a batch needs tokens, targets and loss_weights; missing: {', '.join(sorted(missing))}")
+    given = {key: jnp.asarray(value) for key, value in batch.items()}
+    shape = given["tokens"].shape
+    wrong = {key: value.shape for key, value in given.items() if value.shape[:2] != shape}
+    if wrong:
+        raise ValueError(f"batch arrays must all be [B, T] = {list(shape)} like tokens; got {wrong}")
+    index_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None], shape)
+    segments = given.get("segments", jnp.ones(shape, jnp.int32))
+    starts_BT = jnp.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (1, 0)], constant_values=True)
+    start_BT = jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
+    rows_BT = jnp.broadcast_to(jnp.arange(shape[0], dtype=jnp.int32)[:, None], shape)
+    return {"segments": segments, "positions": index_BT - start_BT, "example_index": rows_BT, **given}
+
+
+def _weighted_loss(
+    models: Models, objective: Objective, params: Mapping, frozen: Mapping, batch: Mapping[str, Array],
+    *, mesh: Mesh | None, chunk_tokens: int | None, step: Any, seed: int,
+) -> tuple[Array, Metrics]:  # fmt: skip
+    """Return Σ w·ℓ of a batch whose weights are already normalised, and the metrics summed alike."""
+    all_params = {**frozen, **params}
+    check_roles(models, objective, all_params)
+    hiddens = {
+        role: _model(models, role).hidden(all_params[role], batch["tokens"], batch["positions"], batch["segments"])
+        for role in objective.roles
+    }
+    return head.loss(
+        objective,
+        {role: _model(models, role).unembed(all_params[role]) for role in objective.roles},
+        {role: h if role in params else jax.lax.stop_gradient(h) for role, h in hiddens.items()},
+        head.Tokens(batch["targets"], batch["loss_weights"], batch["example_index"], batch["positions"]),
+        trainable=frozenset(params),
+        step=jnp.asarray(step, jnp.int32),
+        seed=seed,
+        settings=head.Settings(mesh, _model(models, objective.roles[0]).vocab_size, chunk_tokens),
+    )
+
+
+def check_roles(models: Models, objective: Objective, params: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every role of the objective has parameters and all share one vocabulary."""
+    missing = [role for role in objective.roles if role not in params]
+    if missing:
+        raise ValueError(
+            f"{type(objective).__name__} needs the roles {list(objective.roles)}; no parameters for {missing}"
+        )
+    first, *others = objective.roles
+    sizes = {role: _model(models, role).vocabulary for role in objective.roles}
+    for role in others:
+        if sizes[role] != sizes[first]:
+            raise ValueError(
+                f"the vocabularies of two roles differ: {first} has {sizes[first]}, {role} has {sizes[role]} "
+                f"(tokens, rows); logits of different vocabularies cannot be mixed"
+            )
+
+
+def _model(models: Models, role: str) -> CausalLM:
+    if isinstance(models, CausalLM):
+        return models
+    if role not in models:
+        raise ValueError(f"no model for role {role!r}; models has {sorted(models)}")
+    return models[role]
+
+
+def _sum_over(f: Callable[[dict[str, Array]], PyTree], batch: dict[str, Array], parts: int, shards: int) -> PyTree:
+    """Return Σ f(part) over `parts` micro-batches, each made of every device's own rows, so that none moves."""
+    rows = batch["tokens"].shape[0]
+    if rows % (parts * shards):
+        raise ValueError(
+            f"a batch of {rows} rows cannot be split into micro_batches={parts} × {shards} batch shards of the mesh; "
+            f"make the batch size a multiple of {parts * shards}"
+        )
+    if parts == 1:
+        return f(batch)
+
+    def split(x: Array) -> Array:
+        by_shard = x.reshape(shards, parts, rows // (parts * shards), *x.shape[1:])
+        return jnp.moveaxis(by_shard, 1, 0).reshape(parts, rows // parts, *x.shape[1:])
+
+    def add(total: PyTree, part: dict[str, Array]) -> tuple[PyTree, None]:
+        part = {key: sharding.constrain(x, "B T") if x.ndim == 2 else x for key, x in part.items()}
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, f(part)), None
+
+    stacked = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], stacked))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
+    return jax.lax.scan(add, zeros, stacked)[0]
+
+
+def _map_params(
+    tx: optax.GradientTransformation,
+    f: Callable,
+    params: PyTree,
+    rest: PyTree,
+    *,
+    tree: PyTree | None = None,
+    otherwise: Callable = lambda leaf: leaf,
+) -> PyTree:
+    """Return `tree` (default: the shapes of tx's state) with f(leaf, rest) on the leaves that mirror a parameter."""
+    state = jax.eval_shape(tx.init, params) if tree is None else tree
+    return optax.tree.map_params(tx, f, state, rest, transform_non_params=otherwise)  # pyright: ignore[reportArgumentType]

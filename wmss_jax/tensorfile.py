@@ -1,0 +1,134 @@
+"""Reading and writing safetensors files by name, one tensor at a time and without mapping them into memory."""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+# The format's dtype names (https://github.com/huggingface/safetensors, "Format") and numpy's.
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+}  # fmt: skip
+INDEX = "model.safetensors.index.json"
+
+
+class Tensor(NamedTuple):
+    """Where one tensor lies: file, byte offset, shape, dtype."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self) -> np.ndarray:
+        """Return the tensor, read with pread: mapped pages would count as resident memory of every process."""
+        count = int(np.prod(self.shape, dtype=np.int64))
+        buffer = np.empty(count * self.dtype.itemsize, np.uint8)
+        view, done = memoryview(buffer), 0
+        with open(self.file, "rb") as file:
+            while done < len(view):  # one call reads at most 2 GiB
+                got = os.preadv(file.fileno(), [view[done:]], self.offset + done)
+                if got == 0:
+                    raise ValueError(f"{self.file}: ends inside a tensor; the file is truncated")
+                done += got
+        return buffer.view(self.dtype).reshape(self.shape)
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """Return every tensor of the `*.safetensors` files of a model directory, by name.
+
+    Raises:
+        FileNotFoundError: there are no safetensors, or the index names a file that is not there.
+        ValueError: a header is damaged, a name occurs twice or a dtype is not supported.
+    """
+    found: dict[str, Tensor] = {}
+    for file in _files(directory):
+        for name, tensor in _header(file):
+            if name in found:
+                raise ValueError(f"{file}: tensor {name} is also in {found[name].file.name}")
+            found[name] = tensor
+    return found
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [name for name in names if not (directory / name).exists()]
+        if absent:
+            raise FileNotFoundError(f"{index}: names files that are not there: {', '.join(absent)}")
+        return [directory / name for name in names]
+    files = sorted(directory.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    if pickles:
+        raise FileNotFoundError(
+            f"{directory}: has only pickled weights ({pickles[0]}), which can run code when opened and are not read; "
+            f"save the model again with save_pretrained(..., safe_serialization=True)"
+        )
+    raise FileNotFoundError(f"{directory}: no *.safetensors files")
+
+
+def _header(file: Path) -> Iterator[tuple[str, Tensor]]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"{file}: not a safetensors file, or truncated")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file}: not a safetensors file: its header is damaged") from error
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{file}: tensor {name} has dtype {entry['dtype']}; supported: {', '.join(DTYPES)}")
+        start, end = entry["data_offsets"]
+        if 8 + length + end > size:
+            raise ValueError(f"{file}: ends inside tensor {name}; the file is truncated")
+        yield name, Tensor(file, 8 + length + start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+
+
+def write(directory: Path, arrays: Iterator[tuple[str, np.ndarray]], sizes: Mapping[str, int], limit: int) -> None:
+    """Write arrays as they come, in files of at most `limit` bytes (one tensor at least), with an index if several.
+
+    Args:
+        sizes: bytes of every tensor, in the order of `arrays`: they decide the files before anything is read.
+    """
+    plan: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if plan[-1] and size > room:
+            plan.append([])
+            room = limit
+        plan[-1].append(name)
+        room -= size
+    weight_map = {}
+    for number, names in enumerate(plan, 1):
+        single = len(plan) == 1
+        filename = "model.safetensors" if single else f"model-{number:05}-of-{len(plan):05}.safetensors"
+        save_file(
+            {name: array for name, array in itertools.islice(arrays, len(names))},
+            directory / filename,
+            {"format": "pt"},
+        )
+        (directory / filename).chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
+        weight_map |= dict.fromkeys(names, filename)
+    if len(plan) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
