@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-fast lint format clean
+.PHONY: test test-fast lint format constraints clean
 
 test: $(INSTALLED)  ## the whole suite, two workers
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -28,6 +28,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[dev]" -c constraints.txt
 	@touch $@
+
+constraints:  ## exact versions of everything any extra installs, names and versions only
+	$(BIN)/uv pip compile pyproject.toml --all-extras --python-version 3.12 --no-header --no-annotate --upgrade -o constraints.txt
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache

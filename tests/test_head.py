@@ -93,6 +93,10 @@ def test_score_equals_dense(chunk_tokens):
     z = (hiddens["weak"] @ unembeds["weak"])[..., :15].reshape(-1, 15)
     np.testing.assert_allclose(scores["entropy"].reshape(-1), entropy(z), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scores["nll"].reshape(-1), nll(z, tokens.targets.reshape(-1)), rtol=1e-5, atol=1e-6)
+    is_target = np.arange(15)[None] == np.asarray(tokens.targets).reshape(-1, 1)
+    others = np.where(is_target, np.nan, z)
+    margin = np.asarray(z)[is_target] - np.nanmean(others, axis=1)
+    np.testing.assert_allclose(scores["margin"].reshape(-1), margin, rtol=1e-5, atol=1e-5)
 
 
 def test_metrics_carry_no_gradient_and_evaluation_takes_none():

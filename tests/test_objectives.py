@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wmss_jax import head
-from wmss_jax.objectives import OBJECTIVES, Context, Linear, LogitMix, Sft, entropy, nll
+from wmss_jax.objectives import OBJECTIVES, Context, Linear, LogitMix, Sft, Temperature, entropy, nll
 
 N, V, D = 12, 17, 8
 CTX = Context(jnp.int32(3), jax.random.split(jax.random.key(0), N))
@@ -149,9 +149,9 @@ def test_mixture_is_the_normalised_geometric_product(lam):
 def test_constant_weak_logits_are_a_temperature():
     z = logits_of(LogitMix())
     constant = {**z, "weak": jnp.full_like(z["weak"], 3.7)}
-    np.testing.assert_allclose(
-        LogitMix(0.4)(constant, TARGETS, CTX)[0], nll(0.4 * z["strong"], TARGETS), rtol=1e-5, atol=1e-6
-    )
+    mixed_N, _ = LogitMix(0.4)(constant, TARGETS, CTX)
+    np.testing.assert_allclose(mixed_N, nll(0.4 * z["strong"], TARGETS), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(Temperature(0.4)(z, TARGETS, CTX)[0], nll(0.4 * z["strong"], TARGETS))
 
 
 def test_loss_is_invariant_to_shifting_either_role():

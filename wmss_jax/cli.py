@@ -53,6 +53,66 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema({"objective": OBJECTIVES}), indent=2))
 
 
+Recipe = Annotated[Path, typer.Argument(help="Recipe, a YAML file (see `wmss schema`).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, the value in YAML.", metavar="KEY=VALUE")]
+
+
+@app.command()
+def run(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Carry a recipe out: (pre-training,) SFT, scores, curriculum, joint training, export, evaluation."""
+    from wmss_jax import config, pipeline
+
+    loaded = config.load(recipe, overrides or ())
+    typer.echo(pipeline.table(pipeline.run(loaded, say=typer.echo)))
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    stage: Annotated[str, typer.Option(help="pretrain, sft, joint, or the name of a control.")] = "sft",
+) -> None:
+    """Carry a recipe out up to one training stage, and print where its checkpoint lies."""
+    from wmss_jax import config, pipeline
+
+    summary = pipeline.run(config.load(recipe, overrides or ()), until=stage, say=typer.echo)
+    typer.echo(list(summary["models"].values())[-1])
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or checkpoint.")],
+    recipe: Recipe,
+    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Score the recipe's training examples under any model: entropy, nll, margin and token count of each."""
+    from wmss_jax import config, pipeline
+
+    pipeline.score_model(config.load(recipe, overrides or ()), model, out)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def inspect(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option(help="Examples to print.")] = 3,
+) -> None:
+    """Show what a recipe trains on: examples with their trained tokens, lengths, duplicates, the curriculum."""
+    from wmss_jax import config, pipeline
+
+    pipeline.inspect(config.load(recipe, overrides or ()), show)
+
+
+@app.command()
+def demo(work_dir: Annotated[Path, typer.Argument(help="Where it writes.")] = Path("runs/demo")) -> None:
+    """Train, score, mix, export and evaluate a tiny model on additions, in about five minutes on two cores."""
+    from wmss_jax import demo
+
+    raise typer.Exit(demo.main(work_dir))
+
+
 @convert_app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="Hugging Face directory or hub id.")],
@@ -101,6 +161,10 @@ def main() -> None:
     """
     try:
         app(prog_name="wmss")
+    except SystemExit as exit_:
+        if message := getattr(exit_, "message", None):  # train.Preempted, which is not imported here
+            print(f"wmss: {message}", file=sys.stderr)
+        raise
     except Exception as error:
         if not _is_mistake(error):
             raise

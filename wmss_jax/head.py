@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
 from wmss_jax import precision, sharding
-from wmss_jax.objectives import Context, Objective, entropy, nll
+from wmss_jax.objectives import Context, Objective, entropy, nll, target_logits
 
 PADDED_LOGIT = -1e30  # of vocabulary rows that are only padding; -inf would give 0 · -inf = NaN when mixed
 CHUNK_BYTES = 256 * 2**20  # of one float32 logits tile on one device, where the chunk is not given
@@ -98,7 +98,10 @@ def score(
     targets_BT: Int[Array, "B T"],
     settings: Settings = Settings(),
 ) -> dict[str, Float[Array, "B T"]]:
-    """Return the entropy of every next-token distribution and the nll of its target, in nats, float32 [B, T]."""
+    """Return what every next-token distribution says of its target, float32 [B, T].
+
+    "entropy" and "nll" in nats, "margin" in logits: that of the target minus the mean of all others (PAPER §9).
+    """
 
     def scan(hidden_BTD: Array, unembed_DV: Array, targets_BT: Array) -> dict[str, Array]:
         shape = targets_BT.shape
@@ -106,7 +109,8 @@ def score(
 
         def body(_: None, xs: tuple[Array, Array]) -> tuple[None, dict[str, Array]]:
             z_NV = logits(xs[0], unembed_DV, settings.vocab_size)
-            return None, {"entropy": entropy(z_NV), "nll": nll(z_NV, xs[1])}
+            scores = {"entropy": entropy(z_NV), "nll": nll(z_NV, xs[1])}
+            return None, {**scores, "margin": mean_margin(z_NV, xs[1], settings.vocab_size)}
 
         _, scores = jax.lax.scan(body, None, _chunked((hidden_BTD, targets_BT), chunk))
         return jax.tree.map(lambda x: x.reshape(-1)[: targets_BT.size].reshape(shape), scores)
@@ -115,6 +119,17 @@ def score(
         unembed_DV = _gathered(unembed_DV, hidden_BTD.dtype)
         rows = P(sharding.BATCH_AXES)
         return _on_batch_shards(scan, settings.mesh, (rows, P(), rows), rows)(hidden_BTD, unembed_DV, targets_BT)
+
+
+def mean_margin(
+    logits_NV: Float[Array, "N V"], targets_N: Int[Array, "N"], vocab_size: int | None = None
+) -> Float[Array, "N"]:
+    """Return the target's logit minus the mean logit of all other tokens, padding left out."""
+    V = logits_NV.shape[-1]
+    count = V if vocab_size is None else vocab_size
+    sum_N = jnp.sum(jnp.where(jnp.arange(V)[None, :] < count, logits_NV, 0.0), axis=-1)
+    target_N = target_logits(logits_NV, targets_N)
+    return target_N - (sum_N - target_N) / max(count - 1, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

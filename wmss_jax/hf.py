@@ -1,6 +1,7 @@
 """Hugging Face directories and hub ids to parameters and back, tensor by tensor; no pickles, no remote code."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -56,6 +57,12 @@ def load(
         raise ValueError(f"{directory}: holds two branches; `wmss convert import` splits them into roles")
     model = from_config(hf, compute_dtype=compute_dtype, remat=remat, vocab_size=vocab_size)
     return _read(model, directory, tensorfile.tensors(directory), mesh, dtype)
+
+
+def model_of(path_or_hub_id: str | os.PathLike, **settings: Any) -> CausalLM:
+    """Return the model that `load` returns, without reading any parameters; `settings` are fields of `CausalLM`."""
+    directory = resolve(path_or_hub_id)
+    return _with_file_dtypes(from_config(read_config(directory), **settings), tensorfile.tensors(directory))
 
 
 def load_branches(
@@ -142,11 +149,11 @@ def resolve(path_or_hub_id: str | os.PathLike) -> Path:
         raise FileNotFoundError(f"{name}: no such directory, and the hub gave nothing: {reason}") from error
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Return config.json as a dict."""
-    file = directory / "config.json"
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the config.json of a directory, or that file itself, as a dict."""
+    file = path if path.suffix == ".json" else path / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{directory}: has no config.json")
+        raise FileNotFoundError(f"{file}: no such file")
     try:
         return json.loads(file.read_text())
     except ValueError as error:
@@ -190,20 +197,25 @@ def new_directory(out_dir: str | os.PathLike) -> Iterator[Path]:
 def _read(
     model: CausalLM, directory: Path, tensors: dict[str, tensorfile.Tensor], mesh: Mesh | None, dtype: str | None
 ) -> tuple[CausalLM, PyTree[Array]]:
-    sizes = model.config.sizes
     _check_names_and_shapes(model, directory, tensors)
-    leaves, dtypes = {}, {}
+    model = _with_file_dtypes(model, tensors)
+    dtypes, sizes, leaves = dict(model.file_dtypes), model.config.sizes, {}
     for row in model.rows:
         parts = [tensors[name] for name in row.names(sizes)]
-        # The widest, where layers differ: exact, and `save` narrows it again exactly.
-        file_dtype = jnp.dtype(jnp.result_type(*{part.dtype for part in parts}))
-        dtypes[row.path] = str(file_dtype)
-        letters_sharding = model.sharding(row, mesh)
-        leaves[row.path] = _read_leaf(row, parts, sizes, jnp.dtype(dtype or file_dtype), letters_sharding)
-    model = CausalLM(
-        model.arch, model.config, model.compute_dtype, model.remat, model.vocab_size, tuple(dtypes.items())
-    )
+        leaves[row.path] = _read_leaf(
+            row, parts, sizes, jnp.dtype(dtype or dtypes[row.path]), model.sharding(row, mesh)
+        )
     return model, model.tree(leaves)
+
+
+def _with_file_dtypes(model: CausalLM, tensors: Mapping[str, tensorfile.Tensor]) -> CausalLM:
+    """Return the model with each parameter's dtype in the file: the widest, where layers differ, which is exact."""
+    found = {
+        row.path: {tensors[name].dtype for name in row.names(model.config.sizes) if name in tensors}
+        for row in model.rows
+    }
+    dtypes = tuple((path, str(jnp.result_type(*kinds))) for path, kinds in found.items() if kinds)
+    return dataclasses.replace(model, file_dtypes=dtypes)
 
 
 def _read_leaf(

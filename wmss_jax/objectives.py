@@ -115,9 +115,7 @@ class LogitMix:
     roles: ClassVar[tuple[str, ...]] = ("strong", "weak")
 
     def __post_init__(self) -> None:
-        for lam in (self.lam.start, self.lam.stop) if isinstance(self.lam, Linear) else (self.lam,):
-            if not 0 <= lam <= 1:
-                raise ValueError(f"lam must be in [0, 1], got {lam}")
+        _check_lam(self.lam)
         if self.mix_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"mix_dtype must be 'float32' or 'bfloat16', got {self.mix_dtype!r}")
 
@@ -128,4 +126,32 @@ class LogitMix:
         return nll(mixed_NV, targets_N), {"accuracy": _is_greedy(logits["strong"], targets_N)}
 
 
-OBJECTIVES: dict[str, type] = {"sft": Sft, "logit_mix": LogitMix}
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """Cross-entropy on λ·z_strong: weak-driven learning with a weak role that knows nothing.
+
+    Constant weak logits cancel in the softmax, so this is `LogitMix` without the weak role's information, at no cost:
+    the control that a gain of `LogitMix` has to beat (PAPER §2.3, "D0").
+
+    Attributes:
+        lam: λ in [0, 1], as in `LogitMix`.
+    """
+
+    lam: float | Linear = 0.5
+    roles: ClassVar[tuple[str, ...]] = ("strong",)
+
+    def __post_init__(self) -> None:
+        _check_lam(self.lam)
+
+    def __call__(self, logits: Mapping[str, Float[Array, "N V"]], targets_N: Int[Array, "N"], ctx: Context) -> PerToken:
+        scaled_NV = at(self.lam, ctx.step) * logits["strong"]
+        return nll(scaled_NV, targets_N), {"accuracy": _is_greedy(logits["strong"], targets_N)}
+
+
+def _check_lam(lam: float | Linear) -> None:
+    for value in (lam.start, lam.stop) if isinstance(lam, Linear) else (lam,):
+        if not 0 <= value <= 1:
+            raise ValueError(f"lam must be in [0, 1], got {value}")
+
+
+OBJECTIVES: dict[str, type] = {"sft": Sft, "logit_mix": LogitMix, "temperature": Temperature}

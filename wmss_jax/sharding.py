@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
@@ -88,6 +89,14 @@ def param_sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedShard
     while axes and axes[-1] is None:
         axes.pop()
     return NamedSharding(mesh, P(*axes))
+
+
+def place_rows(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Array | np.ndarray]:
+    """Return this host's rows of a batch as their part of the global batch, split over the batch axes."""
+    if mesh is None:
+        return dict(batch)
+    rows = NamedSharding(mesh, P(BATCH_AXES))
+    return {key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()}
 
 
 def constrain_params(tree: PyTree[Array], letters: PyTree[str]) -> PyTree[Array]:

@@ -34,21 +34,43 @@ class TrainState(NamedTuple):
     opt_state: PyTree[Array]
 
 
+def abstract_state(params: Mapping[str, PyTree], tx: optax.GradientTransformation) -> TrainState:
+    """Return shapes, dtypes and shardings of a state: what a checkpoint is restored onto.
+
+    Optimizer state is sharded like the parameters it belongs to, everything else replicated.
+
+    Args:
+        params: {role: parameters} of the trained roles, arrays or ShapeDtypeStructs with shardings.
+    """
+    # Only shardings on a mesh are asked for: where there is none, arrays are left uncommitted to a device.
+    on_mesh = lambda leaf: leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+    one = on_mesh(jax.tree.leaves(params)[0])
+    replicated = None if one is None else NamedSharding(one.mesh, P())
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    opt_state = _map_params(
+        tx,
+        lambda leaf, param: place(leaf, on_mesh(param)),
+        params,
+        dict(params),
+        otherwise=lambda x: place(x, replicated),
+    )
+    params = jax.tree.map(lambda leaf: place(leaf, on_mesh(leaf)), dict(params))
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, opt_state)
+
+
 def init_state(params: Mapping[str, PyTree[Array]], tx: optax.GradientTransformation) -> TrainState:
     """Return the state before the first step; optimizer state is born sharded like the parameters it belongs to.
 
     Args:
         params: {role: parameters} of the trained roles; copied, since the train step gives the state's memory away.
     """
+    abstract = abstract_state(params, tx)
     params = jax.tree.map(jnp.copy, dict(params))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    one = jax.tree.leaves(shardings)[0]
-    if not isinstance(one, NamedSharding):
+    if abstract.step.sharding is None:
         return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
-    replicated = NamedSharding(one.mesh, P())
-    opt_shardings = _map_params(tx, lambda _, sharding: sharding, params, shardings, otherwise=lambda _: replicated)
+    opt_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated), params, opt_state)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding), params, opt_state)
 
 
 def loss(
@@ -167,8 +189,9 @@ def score(
     mesh: Mesh | None = None,
     chunk_tokens: int | None = None,
 ) -> dict[str, Float[Array, "B T"]]:
-    """Return {"entropy", "nll"} in nats, float32 [B, T]: at position t of the distribution that predicts token t+1.
+    """Return {"entropy", "nll", "margin"}, float32 [B, T]: at position t of the distribution that predicts token t+1.
 
+    Entropy and nll are in nats; the margin is the target's logit minus the mean of all others.
     `curriculum.example_means` turns them into one number per example. Pure; jit it where it is called often.
     """
     full = complete(batch)

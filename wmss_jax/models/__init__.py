@@ -113,10 +113,12 @@ class CausalLM:
         make = lambda key: nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=key), jnp.dtype(dtype))))
         return jax.jit(make, out_shardings=self.shardings(mesh))(key)
 
-    def abstract(self, dtype: str = "float32") -> PyTree[jax.ShapeDtypeStruct]:
-        """Return the shapes of the parameters."""
-        sizes = self.config.sizes
-        return self.tree({row.path: jax.ShapeDtypeStruct(row.our_shape(sizes), jnp.dtype(dtype)) for row in self.rows})
+    def abstract(self, dtype: str = "float32", mesh: Mesh | None = None) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes of the parameters and, with a mesh, their shardings."""
+        shape = lambda row: jax.ShapeDtypeStruct(
+            row.our_shape(self.config.sizes), jnp.dtype(dtype), sharding=self.sharding(row, mesh)
+        )
+        return self.tree({row.path: shape(row) for row in self.rows})
 
     @property
     def rows(self) -> tuple[Row, ...]:

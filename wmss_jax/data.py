@@ -1,0 +1,404 @@
+"""Rows -> tokens and masks, encoded once and kept on disk; the plan of a whole run; its batches, read by Grain.
+
+    dataset = data.prepare(sources, tokenizer, root="data", seq_len=4096, cache_dir="runs/x/cache")
+    plan = data.plan(dataset.lengths, seq_len=4096, batch_size=256, seed=42, epochs=1, probs=probs)
+    for batch in data.batches(dataset, plan, start_step=0):       # {"tokens": int32[256, 4096], ...}
+
+The position in the data is the step number: plan and batches are pure functions of their arguments, on every host.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import batched, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int32, Int64, Integer, Shaped
+
+from wmss_jax import curriculum, encoding, examples, packing
+from wmss_jax import tokenizer as tokenizers
+
+FORMAT = 1  # raise it whenever the same rows are encoded into something else
+_AT_ONCE = 1000  # examples a call of the tokenizer
+_ROW_ORDER = 2  # random stream of (seed, epoch), beside the two of curriculum.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of the rows. `trained_tokens` are completion targets, the ends of answers included.
+
+    `dropped` are examples that were too long, or had no trained token left once truncated; `truncated` are kept ones.
+    `longest` is the number of tokens of the longest example before that.
+    """
+
+    examples: int
+    tokens: int
+    trained_tokens: int
+    dropped: int
+    truncated: int
+    longest: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Encoded examples with random access; the arrays lie in files that are mapped into memory.
+
+    Attributes:
+        fingerprint: digest of all tokens and masks in order. Scores belong to exactly one fingerprint.
+        tokenizer_fingerprint: see `tokenizer.fingerprint`.
+        report: what became of the rows.
+    """
+
+    flat_tokens: Int32[np.ndarray, " t"]
+    flat_mask: Bool[np.ndarray, " t"]
+    offsets: Int64[np.ndarray, " _"]
+    rows: Int64[np.ndarray, "n 2"]
+    prefixes: Sequence[str]
+    fingerprint: str
+    tokenizer_fingerprint: str
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " n"]:
+        """Tokens of each example."""
+        return np.diff(self.offsets)
+
+    def tokens(self, index: int | np.integer) -> Int32[np.ndarray, " _"]:
+        """Return the tokens of an example."""
+        return self.flat_tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def mask(self, index: int | np.integer, loss_on: str = "completion") -> Bool[np.ndarray, " _"]:
+        """Return which tokens of an example are trained (scored, with "completion"); see `encoding.loss_mask`."""
+        return encoding.loss_mask(self.flat_mask[self.offsets[index] : self.offsets[index + 1]], loss_on)
+
+    def location(self, index: int | np.integer) -> str:
+        """Return where an example comes from: FILE:LINE."""
+        source, number = self.rows[index]
+        return f"{self.prefixes[source]}{number}"
+
+
+def prepare(
+    sources: Sequence[Any],
+    tokenizer: Any,
+    *,
+    root: str | os.PathLike = ".",
+    seq_len: int,
+    too_long: str = "error",
+    chat_template: bool = True,
+    system_prompt: str | None = None,
+    cache_dir: str | os.PathLike,
+) -> Dataset:
+    """Return the examples of all sources, one after the other; encoded now, or read from where they were before.
+
+    What lies in `cache_dir` is found by a digest of everything that it depends on: the sources' bytes and templates,
+    the tokenizer, the arguments here. What is trained in the loss is not among them: one entry serves either `loss_on`.
+
+    Args:
+        sources: see `examples`.
+        root: directory at which relative paths start.
+        seq_len: most tokens of an example.
+        too_long: what happens to a longer one: "error"; "drop"; or "truncate", which cuts its end off, EOS included.
+        chat_template, system_prompt: see `encoding.encode_batch`.
+
+    Raises:
+        FileNotFoundError, ValueError: a source, a row or an example cannot be used; one line, with its location.
+            Then nothing is written.
+    """
+    if too_long not in ("error", "drop", "truncate"):
+        raise ValueError(f"too_long {too_long!r} is unknown; choose 'error', 'drop' or 'truncate'")
+    if not sources:
+        raise ValueError("no sources of examples are given")
+    settings = {"chat_template": chat_template, "system_prompt": system_prompt}
+    inputs = {
+        "format": FORMAT,
+        "tokenizer": tokenizers.fingerprint(tokenizer),
+        "sources": [_identity(source, root) for source in sources],
+        "seq_len": seq_len,
+        "too_long": too_long,
+        **settings,
+    }
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    entry = Path(cache_dir) / key
+    if not (entry / "meta.json").exists():
+        _write(entry, *_encode_all(sources, root, tokenizer, seq_len, too_long, settings), inputs)
+    return _open(entry, [examples.location_prefix(source, root) for source in sources])
+
+
+def _identity(source: Any, root: str | os.PathLike) -> dict[str, Any]:
+    names = ("messages", "text", "prompt", "completion", "limit")
+    given = {name: getattr(source, name, None) for name in names}
+    return given | {"content": examples.digest(source, root), "kind": "".join(Path(source.path).suffixes)}
+
+
+def _encode_all(
+    sources: Sequence[Any], root: Any, tokenizer: Any, seq_len: int, too_long: str, settings: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], Report]:
+    """Return the arrays of a cache entry, and the report."""
+    tokens, masks, rows = [], [], []
+    long: list[tuple[str, int]] = []
+    dropped = longest = 0
+    for at, source in enumerate(sources):
+        for chunk in batched(examples.read(source, root), _AT_ONCE):
+            for example, (ids, mask) in zip(chunk, encoding.encode_batch(chunk, tokenizer, **settings), strict=True):
+                longest = max(longest, len(ids))
+                if len(ids) > seq_len:
+                    long.append((example.location, len(ids)))
+                    ids, mask = ids[:seq_len], mask[:seq_len]
+                    if too_long != "truncate" or not mask.any():
+                        dropped += 1
+                        continue
+                tokens.append(ids)
+                masks.append(mask)
+                rows.append((at, example.number))
+    _check_lengths(long, len(rows), dropped, seq_len, too_long)
+    offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    arrays = {
+        "tokens": np.concatenate(tokens),
+        "mask": np.concatenate(masks),
+        "offsets": offsets,
+        "rows": np.array(rows),
+    }
+    trained = int(np.count_nonzero(arrays["mask"]))
+    return arrays, Report(len(rows), int(offsets[-1]), trained, dropped, len(long) - dropped, longest)
+
+
+def _check_lengths(long: list[tuple[str, int]], kept: int, dropped: int, seq_len: int, too_long: str) -> None:
+    if long and too_long == "error":
+        first = ", ".join(f"{location} has {length}" for location, length in long[:3])
+        raise ValueError(
+            f"{len(long)} of {kept + dropped} examples are longer than seq_len = {seq_len} tokens ({first}): "
+            "raise seq_len, or set too_long to truncate or drop"
+        )
+    if not kept:
+        raise ValueError(
+            f"all {dropped} examples are too long for seq_len = {seq_len} (too_long: {too_long}): raise seq_len"
+        )
+
+
+def _write(entry: Path, arrays: Mapping[str, np.ndarray], report: Report, inputs: Mapping[str, Any]) -> None:
+    """Write a cache entry; it appears whole or not at all, also when several processes write it."""
+    content = hashlib.sha256()
+    for name in ("tokens", "mask", "offsets"):
+        content.update(arrays[name].data)
+    meta = {"fingerprint": content.hexdigest()[:16], "report": dataclasses.asdict(report), "inputs": inputs}
+    partial = entry.with_name(f"{entry.name}.partial-{uuid.uuid4().hex}")
+    partial.mkdir(parents=True)
+    try:
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        partial.rename(entry)
+    except OSError:
+        if not (entry / "meta.json").exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open(entry: Path, prefixes: Sequence[str]) -> Dataset:
+    meta = json.loads((entry / "meta.json").read_text())
+    load = lambda name: np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r"))
+    arrays = load("tokens"), load("mask"), load("offsets"), load("rows")
+    return Dataset(*arrays, tuple(prefixes), meta["fingerprint"], meta["inputs"]["tokenizer"], Report(**meta["report"]))
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Which examples stand in which row of which step, for a whole run. Step numbers begin at 0.
+
+    Attributes:
+        draws: the examples of each epoch in the order drawn, int64 arrays; the last epoch may end before its last.
+        items: example indices, row by row; row r of the run holds `items[offsets[r]:offsets[r + 1]]`.
+        epoch_starts: the first step of each epoch, and the number of all steps.
+        fill: share of the run's positions that hold a token, in (0, 1].
+    """
+
+    seq_len: int
+    batch_size: int
+    draws: tuple[Int64[np.ndarray, " _"], ...]
+    items: Int64[np.ndarray, " m"]
+    offsets: Int64[np.ndarray, " _"]
+    epoch_starts: Int64[np.ndarray, " _"]
+    fill: float
+
+    @property
+    def total_steps(self) -> int:
+        return int(self.epoch_starts[-1])
+
+    def rows_of(self, step: int) -> list[Int64[np.ndarray, " _"]]:
+        """Return the example indices in each of the step's `batch_size` rows; rows may be empty."""
+        self._check(step)
+        cuts = self.offsets[step * self.batch_size : (step + 1) * self.batch_size + 1]
+        return [self.items[start:end] for start, end in pairwise(cuts)]
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch, from 0, that a step belongs to."""
+        self._check(step)
+        return int(np.searchsorted(self.epoch_starts, step, side="right")) - 1
+
+    def _check(self, step: int) -> None:
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"step {step} is outside 0 to {self.total_steps - 1}")
+
+
+def plan(
+    lengths: Integer[np.ndarray, " n"],
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    epochs: int | None = None,
+    steps: int | None = None,
+    probs: Float64[np.ndarray, " _"] | None = None,
+    dedup: bool = False,
+    multiplier: float = 1.0,
+) -> Plan:
+    """Return the rows of every step of a run: a pure function, the same on every host and after every resume.
+
+    Each epoch draws its examples, packs them into rows (`packing.pack`), shuffles the rows, because packing opens them
+    in an order that goes with their lengths, and fills its last step up with empty rows, so that no example is lost.
+
+    >>> p = plan(np.array([5, 6, 3, 2, 8, 1]), seq_len=8, batch_size=3, seed=0, epochs=1)
+    >>> [row.tolist() for row in p.rows_of(0)], [row.tolist() for row in p.rows_of(1)]
+    ([[1], [4], [3, 0, 5]], [[2], [], []])
+
+    Args:
+        lengths: tokens of each example.
+        seq_len: tokens of a row.
+        batch_size: rows of a step, over all hosts.
+        epochs: passes over the examples; not looked at if `steps` is given.
+        steps: as many epochs as these need; the last is cut off.
+        probs: with which each example is drawn, with replacement (`curriculum.draw`). None: every epoch has each
+            example once, shuffled, and the next two arguments have no part in it.
+        dedup: keep one of the examples that an epoch draws more than once.
+        multiplier: draws an epoch as a multiple of the examples.
+
+    Raises:
+        ValueError: an argument is out of range, or `probs` are not one for each example.
+    """
+    _check_plan(len(lengths), batch_size, epochs, steps, probs, multiplier)
+    draws, items, counts, starts = [], [], [], [0]
+    while starts[-1] < steps if steps is not None else len(draws) < (epochs or 0):
+        epoch, n = len(draws), len(lengths)
+        if probs is None:
+            drawn = curriculum.shuffle(seed, epoch, n)
+        else:
+            drawn = curriculum.draw(seed, epoch, probs, n=max(1, round(multiplier * n)), dedup=dedup)
+        epoch_items, epoch_counts = _shuffled_rows(lengths, drawn, seq_len, seed, epoch)
+        n_steps = -(-len(epoch_counts) // batch_size)
+        draws.append(drawn)
+        items.append(epoch_items)
+        counts.append(np.pad(epoch_counts, (0, n_steps * batch_size - len(epoch_counts))))
+        starts.append(starts[-1] + n_steps)
+    total = starts[-1] if steps is None else steps
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts)[: total * batch_size])])
+    kept = np.concatenate(items)[: offsets[-1]]
+    fill = float(lengths[kept].sum() / (total * batch_size * seq_len))
+    epoch_starts = np.minimum(np.array(starts, np.int64), total)
+    return Plan(seq_len, batch_size, tuple(draws), kept, offsets, epoch_starts, fill)
+
+
+def _shuffled_rows(
+    lengths: np.ndarray, drawn: np.ndarray, seq_len: int, seed: int, epoch: int
+) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " R"]]:
+    """Return the examples of an epoch row by row, and how many stand in each row."""
+    rows = packing.pack(lengths[drawn], seq_len)
+    sequence = np.random.SeedSequence(seed, spawn_key=(_ROW_ORDER, epoch))
+    order_R = np.random.Generator(np.random.Philox(sequence)).permutation(len(rows.offsets) - 1)
+    counts_R = np.diff(rows.offsets)[order_R]
+    # Position k of the new order takes what stood where its row began, plus its place in that row.
+    moved_R = rows.offsets[order_R] - (np.cumsum(counts_R) - counts_R)
+    taken_m = np.repeat(moved_R, counts_R) + np.arange(len(drawn))
+    return drawn[rows.items[taken_m]], counts_R
+
+
+def _check_plan(
+    n: int, batch_size: int, epochs: int | None, steps: int | None, probs: np.ndarray | None, multiplier: float
+) -> None:
+    if epochs is None and steps is None:
+        raise ValueError("give epochs or steps")
+    for name, value in (("batch_size", batch_size), ("epochs", epochs), ("steps", steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value} must be >= 1")
+    if probs is not None and len(probs) != n:
+        raise ValueError(f"{len(probs)} probabilities for {n} examples: score the data set that is trained on")
+    if not (np.isfinite(multiplier) and multiplier > 0):
+        raise ValueError(f"multiplier = {multiplier} must be > 0")
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+def batch(
+    dataset: Dataset, plan: Plan, step: int, *, loss_on: str = "completion", host: int = 0, hosts: int = 1
+) -> dict[str, Shaped[np.ndarray, "B T"]]:
+    """Return one step's batch, or a host's slice of it, as `packing.layout` lays rows out.
+
+    Host h of H has rows h·B/H to (h + 1)·B/H of the step's B: `tokens, targets, segments, positions, example_index`
+    int32[B/H, seq_len] and `loss_weights` float32[B/H, seq_len].
+    """
+    share = plan.batch_size // hosts
+    laid_out = [
+        packing.layout(
+            [dataset.tokens(i) for i in row], [dataset.mask(i, loss_on) for i in row], row.tolist(), plan.seq_len
+        )
+        for row in plan.rows_of(step)[host * share : (host + 1) * share]
+    ]
+    return {name: np.stack([row[name] for row in laid_out]) for name in laid_out[0]}
+
+
+def batches(
+    dataset: Dataset,
+    plan: Plan,
+    *,
+    start_step: int = 0,
+    loss_on: str = "completion",
+    host: int = 0,
+    hosts: int = 1,
+    threads: int = 4,
+    prefetch: int = 4,
+) -> Iterator[dict[str, Shaped[np.ndarray, "B T"]]]:
+    """Return the batches of steps `start_step` to the plan's last, read ahead by Grain; see `batch`.
+
+    Args:
+        start_step: nothing before it is read; `plan.total_steps` gives no batch.
+        host, hosts: whose slice of each batch; together the hosts have the whole of it, whatever their number.
+        threads, prefetch: threads that lay batches out, and batches (of host memory) ready ahead of use; 0: none.
+
+    Raises:
+        ValueError: a step or host out of range, or hosts that do not divide the batch.
+    """
+    if not 0 <= start_step <= plan.total_steps:
+        raise ValueError(f"start_step = {start_step} is outside 0 to {plan.total_steps}")
+    if not 0 <= host < hosts or plan.batch_size % hosts:
+        raise ValueError(f"host {host} of {hosts} cannot take a slice of batch_size = {plan.batch_size} rows")
+    encoding.loss_mask(np.zeros(1, bool), loss_on)  # says what is wrong before a thread does
+    make = functools.partial(batch, dataset, plan, loss_on=loss_on, host=host, hosts=hosts)
+    return _read(make, range(start_step, plan.total_steps), threads, prefetch)
+
+
+def _read(make: Any, steps: range, threads: int, prefetch: int) -> Iterator[dict[str, np.ndarray]]:
+    import grain  # seconds to import
+
+    if not steps:
+        return
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    source = grain.MapDataset.range(steps.start, steps.stop).map(make)
+    reader = iter(source.to_iter_dataset(options))
+    try:
+        yield from reader
+    finally:  # also when the loop that reads is left early
+        reader.close()

@@ -1,0 +1,103 @@
+"""One pass of a model over the data: mean entropy, nll, margin and token count of every example, as a Parquet file."""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from wmss_jax import curriculum, data, sharding, step
+from wmss_jax.models import CausalLM
+
+_META = b"wmss_jax"
+
+
+class Scores(NamedTuple):
+    """One number per example [n], means over its completion tokens and EOS, in nats (margin: logits)."""
+
+    entropy: np.ndarray
+    nll: np.ndarray
+    margin: np.ndarray
+    n_tokens: np.ndarray
+
+
+def score(
+    model: CausalLM,
+    params: PyTree[Array],
+    dataset: data.Dataset,
+    *,
+    seq_len: int,
+    batch_size: int,
+    shifted: bool = True,
+    mesh: Mesh | None = None,
+    chunk_tokens: int | None = None,
+) -> Scores:
+    """Return the scores of all examples, in the data set's order, computed packed and in batches.
+
+    Args:
+        seq_len, batch_size: of the packed rows.
+        shifted: False takes the entropy one position late, as the released code does (`curriculum.example_means`).
+    """
+    plan = data.plan(dataset.lengths, seq_len=seq_len, batch_size=batch_size, seed=0, epochs=1)
+    score_batch = jax.jit(functools.partial(step.score, model, mesh=mesh, chunk_tokens=chunk_tokens))
+    n = len(dataset.lengths)
+    found = Scores(*(np.full(n, np.nan) for _ in range(3)), np.zeros(n, np.int64))
+    pending: tuple | None = None
+    for batch in data.batches(dataset, plan, start_step=0, loss_on="completion"):
+        scores = score_batch(params, sharding.place_rows(batch, mesh))
+        if pending is not None:  # reduced on the host while the device computes the next batch
+            _reduce(*pending, shifted, found)
+        pending = scores, batch
+    if pending is not None:
+        _reduce(*pending, shifted, found)
+    return found
+
+
+def _reduce(scores: dict[str, Array], batch: dict[str, np.ndarray], shifted: bool, found: Scores) -> None:
+    for name, values in jax.device_get(scores).items():
+        means = curriculum.example_means(
+            values, batch["loss_weights"], batch["example_index"], shifted=shifted or name != "entropy"
+        )
+        index, getattr(found, name)[means[0]], found.n_tokens[means[0]] = means
+
+
+def write(path: str | os.PathLike, scores: Scores, dataset: data.Dataset, model_digest: str, shifted: bool) -> None:
+    """Write scores as Parquet; its metadata hold the fingerprints of data, tokenizer and model."""
+    columns = {"example": np.arange(len(scores.entropy)), **scores._asdict()}
+    meta = {**_fingerprints(dataset), "model": model_digest, "shifted": shifted}
+    table = pa.table(columns).replace_schema_metadata({_META: json.dumps(meta).encode()})
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, partial)
+    partial.rename(path)
+
+
+def read(path: str | os.PathLike, dataset: data.Dataset) -> Scores:
+    """Return the scores of a Parquet file, which must be of this data set.
+
+    Raises:
+        ValueError: they are of other data or of another tokenizer, or examples are missing.
+    """
+    table = pq.read_table(path)
+    said = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
+    for what, fingerprint in _fingerprints(dataset).items():
+        if said.get(what) != fingerprint:
+            raise ValueError(f"{path}: scores of another {what} ({said.get(what)}, here {fingerprint}); score again")
+    n = len(dataset.lengths)
+    example = table["example"].to_numpy()
+    if not np.array_equal(np.sort(example), np.arange(n)):
+        missing = np.setdiff1d(np.arange(n), example)
+        raise ValueError(f"{path}: no scores for {len(missing)} of {n} examples, e.g. {missing[:5].tolist()}")
+    order = np.argsort(example)
+    return Scores(*(table[name].to_numpy()[order] for name in Scores._fields))
+
+
+def _fingerprints(dataset: data.Dataset) -> dict[str, str]:
+    return {"data set": dataset.fingerprint, "tokenizer": dataset.tokenizer_fingerprint}

@@ -1,0 +1,114 @@
+"""Stages on disk: what each was made from, whether it is finished, and where its model lies.
+
+Every stage of a run has a record, `stages/<name>.json`: its inputs, written before the work starts, and its output,
+written when it is done. A finished stage is skipped; one made from other inputs is refused, never overwritten.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from wmss_jax import checkpoint, hf
+from wmss_jax.models import CausalLM
+
+
+def run(record: Path, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the output of a stage: what `work()` returned when it was finished, now or in an earlier run.
+
+    Args:
+        inputs: JSON of everything that the output depends on.
+        work: does the stage's work; called again after an interruption, it goes on.
+
+    Raises:
+        ValueError: the record is of other inputs; the keys that differ are named.
+    """
+    inputs = json.loads(json.dumps(inputs))
+    if record.exists():
+        known = json.loads(record.read_text())
+        _check_same(record, known["inputs"], inputs)
+        if known["output"] is not None:
+            return known["output"]
+    record.parent.mkdir(parents=True, exist_ok=True)
+    _write(record, {"inputs": inputs, "output": None})
+    output = json.loads(json.dumps(work()))
+    _write(record, {"inputs": inputs, "output": output})
+    return output
+
+
+def _check_same(record: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    before, now = _flat(known), _flat(wanted)
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{record}: this work_dir holds the stage of another recipe or other data: {'; '.join(changed[:5])}"
+            f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}; choose another work_dir"
+        )
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {key: leaf for name, node in tree.items() for key, leaf in _flat(node, f"{path}.{name}".strip(".")).items()}
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(file)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRef:
+    """Parameters on disk: a Hugging Face directory, or one role of a checkpoint.
+
+    Attributes:
+        role: None for a Hugging Face directory.
+        settings: compute_dtype and remat of the model that `load` returns.
+    """
+
+    directory: Path
+    role: str | None
+    settings: tuple[tuple[str, str], ...] = ()
+
+    def load(self, mesh: Mesh | None, dtype: str | None = None) -> tuple[CausalLM, PyTree[Array]]:
+        """Return model and parameters; `dtype` of the parameters, default that of the file."""
+        if self.role is None:
+            model, params = hf.load(self.directory, mesh, dtype)
+        else:
+            model, params = checkpoint.load_role(self.directory, self.role, mesh, dtype)
+        return dataclasses.replace(model, **dict(self.settings)), params
+
+    @property
+    def model(self) -> CausalLM:
+        """The model without its parameters."""
+        if self.role is None:
+            model = hf.model_of(self.directory)
+        else:
+            model = checkpoint.models(self.directory)[self.role]
+        return dataclasses.replace(model, **dict(self.settings))
+
+    @property
+    def assets(self) -> Path:
+        """Directory with the tokenizer and config files that belong to the parameters."""
+        return self.directory if self.role is None else self.directory / checkpoint.ASSETS
+
+    @property
+    def digest(self) -> str:
+        """Digest of every byte of the parameters."""
+        files = sorted(self.directory.glob("*.safetensors")) if self.role is None else [self.directory / "digests.json"]
+        crc = google_crc32c.Checksum()
+        for file in files:
+            with open(file, "rb") as stream:
+                while block := stream.read(2**24):
+                    crc.update(block)
+        return crc.hexdigest().decode()

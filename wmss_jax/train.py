@@ -1,0 +1,240 @@
+"""One training stage, from its first or its last checkpoint to its last step: the loop, read top to bottom."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from wmss_jax import checkpoint, data, optim, sharding, step
+from wmss_jax.models import CausalLM
+from wmss_jax.objectives import Objective, Sft
+from wmss_jax.tracking import Tracker
+
+if TYPE_CHECKING:
+    from wmss_jax.config import OptimizerConfig, TrainConfig
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop (SIGTERM) and has saved; the same command goes on from there. Exits with code 75.
+
+    A SystemExit, as KeyboardInterrupt is none of the errors that a caller's `except Exception` is meant for.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(75)
+        self.message = message
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss of a step is NaN or infinite; the message names the step and its examples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Examples whose loss is measured while training, every so many steps; never trained on."""
+
+    dataset: data.Dataset
+    plan: data.Plan
+    every_steps: int
+    keep_best: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one stage trains, on what, and how.
+
+    Attributes:
+        directory: checkpoints/ and metrics.jsonl come to lie here.
+        models: {role: model} of all roles of the objective.
+        trained, frozen: give {role: parameters} when called; `trained` is not called where a checkpoint goes on.
+        param_dtype: of the trained parameters.
+        plan: the whole run's rows; its step number is the data position.
+        meta: JSON kept in every checkpoint: config and lineage.
+        assets: directory of tokenizer and config files, carried along in every checkpoint.
+    """
+
+    directory: Path
+    models: Mapping[str, CausalLM]
+    trained: Callable[[], Mapping[str, PyTree[Array]]]
+    frozen: Callable[[], Mapping[str, PyTree[Array]]]
+    trained_roles: tuple[str, ...]
+    param_dtype: str
+    objective: Objective
+    optimizer: "OptimizerConfig"
+    dataset: data.Dataset
+    plan: data.Plan
+    loss_on: str
+    loop: "TrainConfig"
+    seed: int
+    mesh: Mesh | None
+    meta: Mapping[str, Any]
+    assets: Path
+    held_out: HeldOut | None = None
+
+
+def train(job: Job) -> Path:
+    """Return the checkpoint directory of the trained roles: the last step's, or the best one's with `keep_best`.
+
+    Goes on from the newest checkpoint in `job.directory`, if there is one; the result is bitwise the same as without
+    the interruption (on the same mesh and versions). With `ema_decay` the result, and what held-out loss is measured
+    on, are the averaged parameters.
+
+    Raises:
+        Preempted: SIGTERM came; the state was saved.
+        NonFiniteLoss: a step's loss is NaN or infinite; checkpoints before it remain.
+    """
+    total = job.plan.total_steps
+    tx, schedule = optim.make(job.optimizer, total)
+    state = _first_state(job, tx)
+    start = int(state.step)
+    if start == total:
+        return _result(job)
+    frozen = job.frozen()
+    train_step = step.make_train_step(
+        dict(job.models), job.objective, tx, mesh=job.mesh, micro_batches=job.loop.micro_batches,
+        chunk_tokens=job.loop.head_chunk_tokens, seed=job.seed,
+    )  # fmt: skip
+    held_out_loss = _held_out_loss(job)
+    meta = {**job.meta, "roles": checkpoint.describe({role: job.models[role] for role in job.trained_roles})}
+    files = checkpoint.asset_files(job.assets)
+    keep_best = int(job.held_out is not None and job.held_out.keep_best)
+
+    with (
+        checkpoint.Writer(_checkpoints(job), keep_last=job.loop.keep_last, keep_best=keep_best) as writer,
+        Tracker(job.directory, total, job.loop.tensorboard, start_step=start, primary=jax.process_index() == 0) as tracker,
+        _stop_requested() as stop,
+    ):  # fmt: skip
+        report = _Reporter(job, tracker, schedule)
+        batches = data.batches(
+            job.dataset, job.plan, start_step=start, loss_on=job.loss_on,
+            host=jax.process_index(), hosts=jax.process_count(),
+        )  # fmt: skip
+        for number, batch in enumerate(batches, start + 1):
+            state, metrics = train_step(state, frozen, sharding.place_rows(batch, job.mesh))
+            report(number, metrics, batch)
+
+            evaluate = job.held_out is not None and (number % job.held_out.every_steps == 0 or number == total)
+            save = number % job.loop.checkpoint_every_steps == 0 or number == total or (evaluate and keep_best)
+            if not (evaluate or save or stop.is_set()):
+                continue
+            report.flush()  # a state whose loss is not finite must not be saved
+            metric = held_out_loss(_shipped(state, job)) if evaluate else None
+            if metric is not None:
+                tracker.log(number, {"held_out_loss": metric})
+            if number == total or keep_best:
+                writer.save(number, state._replace(params=_shipped(state, job)), meta, metric, files)
+            elif save or stop.is_set():
+                writer.save(number, state, meta, metric, files)
+            if stop.is_set() and number < total:
+                writer.wait()
+                raise Preempted(
+                    f"saved step {number} of {total} in {job.directory}; the same command goes on from there"
+                )
+    return _result(job)
+
+
+def _first_state(job: Job, tx: optax.GradientTransformation) -> step.TrainState:
+    """Return the newest checkpoint's state, or else the one before the first step."""
+    params = {role: job.models[role].abstract(job.param_dtype, job.mesh) for role in job.trained_roles}
+    resumed = checkpoint.resume(_checkpoints(job), step.abstract_state(params, tx), job.loop.verify)
+    return step.init_state(job.trained(), tx) if resumed is None else resumed[1]
+
+
+def _result(job: Job) -> Path:
+    """Return the checkpoint that the stage ends with."""
+    root = _checkpoints(job)
+    if job.held_out is None or not job.held_out.keep_best:
+        return root / str(job.plan.total_steps)
+    metrics = {number: checkpoint.read_meta(root / str(number))["metric"] for number in checkpoint.steps(root)}
+    measured = {number: metric for number, metric in metrics.items() if metric is not None}
+    return root / str(min(measured, key=lambda number: (measured[number], -number)))
+
+
+def _checkpoints(job: Job) -> Path:
+    return job.directory / "checkpoints"
+
+
+def _shipped(state: step.TrainState, job: Job) -> PyTree[Array]:
+    """Return the parameters that a stage hands on: with an average, the average."""
+    if job.optimizer.ema_decay is None:
+        return state.params
+    average = optax.tree.get(state.opt_state, "average")
+    return jax.tree.map(lambda mean, p: mean.astype(p.dtype), average, state.params)
+
+
+def _held_out_loss(job: Job) -> Callable[[PyTree[Array]], float]:
+    """Return the function parameters -> token-mean cross-entropy of the strong role on the held-out examples."""
+    model = job.models["strong"]
+    eval_step = step.make_eval_step(model, Sft(), mesh=job.mesh, chunk_tokens=job.loop.head_chunk_tokens)
+
+    def measure(params: PyTree[Array]) -> float:
+        assert job.held_out is not None
+        total = tokens = 0.0
+        held_out = job.held_out
+        for batch in data.batches(held_out.dataset, held_out.plan, start_step=0, loss_on=job.loss_on,
+                                  host=jax.process_index(), hosts=jax.process_count()):  # fmt: skip
+            metrics = jax.device_get(eval_step({"strong": params["strong"]}, sharding.place_rows(batch, job.mesh)))
+            total += float(metrics["loss"]) * float(metrics["loss_tokens"])
+            tokens += float(metrics["loss_tokens"])
+        return total / max(tokens, 1.0)
+
+    return measure
+
+
+class _Reporter:
+    """Logs a step's metrics once the next step is under way, so that reading them never makes the device wait."""
+
+    def __init__(self, job: Job, tracker: Tracker, schedule: optax.Schedule):
+        self._job, self._tracker, self._schedule = job, tracker, schedule
+        self._pending: tuple[int, Mapping[str, Array]] | None = None
+        self._tokens, self._since = 0, time.monotonic()
+
+    def __call__(self, number: int, metrics: Mapping[str, Array], batch: Mapping[str, np.ndarray]) -> None:
+        self.flush()
+        self._pending = number, metrics
+        self._tokens += int((batch["segments"] > 0).sum()) * jax.process_count()
+
+    def flush(self) -> None:
+        """Log the step that waits, if it is its turn; raise if its loss is not finite."""
+        if self._pending is None:
+            return
+        (number, pending), self._pending = self._pending, None
+        metrics = {name: float(value) for name, value in jax.device_get(pending).items()}
+        if not math.isfinite(metrics["loss"]):
+            rows = self._job.plan.rows_of(number - 1)
+            examples = sorted({int(index) for row in rows for index in row})
+            raise NonFiniteLoss(
+                f"the loss of step {number} is {metrics['loss']} (gradient norm {metrics['grad_norm']}); "
+                f"its examples: {', '.join(self._job.dataset.location(index) for index in examples)}"
+            )
+        if number % self._job.loop.log_every_steps == 0 or number in (1, self._job.plan.total_steps):
+            now = time.monotonic()
+            pace = self._tokens / max(now - self._since, 1e-9)
+            self._tokens, self._since = 0, now
+            metrics |= {"lr": float(self._schedule(number - 1)), "tokens_per_s": pace}
+            self._tracker.log(number, metrics)
+
+
+@contextlib.contextmanager
+def _stop_requested() -> Iterator[threading.Event]:
+    """Give an event that SIGTERM sets; the loop looks at it between two steps."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals reach the main thread alone; whoever runs a stage elsewhere stops it otherwise
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
