@@ -24,6 +24,8 @@ LAYERS = [
     ["hf", "encoding", "generate", "evals.graders"],
     ["checkpoint", "data", "evals.run"],
     ["evals", "inspection", "convert", "train", "scoring", "stages"],
+    ["runs"],
+    ["selection", "export", "evals.tasks"],
     ["pipeline"],
     ["demo"],
     ["cli"],

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from wmss_jax import config, pipeline, scoring
+from wmss_jax import config, pipeline, runs, selection
 
 TRAIN, TEST = 2000, 1000
 ARMS = {
@@ -109,10 +109,10 @@ def _write(path: Path, text: str) -> None:
 
 def _figures(recipe: config.RunConfig, summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return accuracy on test and train, entropy and margin of every arm."""
-    run = pipeline.prepare(recipe, say=lambda _: None)
+    run = runs.prepare(recipe, say=lambda _: None)
     out = {}
     for name in ARMS:
-        scores: scoring.Scores = pipeline.scores(run, pipeline.ref(run, summary["models"][name]))
+        scores = selection.scores(run, run.ref(summary["models"][name]))
         test, train = (summary["eval"][name][task] for task in ("test", "train"))
         out[name] = {
             "test": test["accuracy"], "test_se": test["standard_error"], "train": train["accuracy"],

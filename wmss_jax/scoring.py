@@ -47,16 +47,16 @@ def score(
     """
     plan = data.plan(dataset.lengths, seq_len=seq_len, batch_size=batch_size, seed=0, epochs=1)
     score_batch = jax.jit(functools.partial(step.score, model, mesh=mesh, chunk_tokens=chunk_tokens))
-    n = len(dataset.lengths)
-    found = Scores(*(np.full(n, np.nan) for _ in range(3)), np.zeros(n, np.int64))
-    pending: tuple | None = None
+    missing = np.full(len(dataset), np.nan)
+    found = Scores(missing, missing.copy(), missing.copy(), np.zeros(len(dataset), np.int64))
+    pending: tuple[dict[str, Array], dict[str, np.ndarray]] | None = None
     for batch in data.batches(dataset, plan, start_step=0, loss_on="completion"):
         scores = score_batch(params, sharding.place_rows(batch, mesh))
         if pending is not None:  # reduced on the host while the device computes the next batch
-            _reduce(*pending, shifted, found)
+            _reduce(pending[0], pending[1], shifted, found)
         pending = scores, batch
     if pending is not None:
-        _reduce(*pending, shifted, found)
+        _reduce(pending[0], pending[1], shifted, found)
     return found
 
 
@@ -90,13 +90,13 @@ def read(path: str | os.PathLike, dataset: data.Dataset) -> Scores:
     for what, fingerprint in _fingerprints(dataset).items():
         if said.get(what) != fingerprint:
             raise ValueError(f"{path}: scores of another {what} ({said.get(what)}, here {fingerprint}); score again")
-    n = len(dataset.lengths)
+    n = len(dataset)
     example = table["example"].to_numpy()
     if not np.array_equal(np.sort(example), np.arange(n)):
         missing = np.setdiff1d(np.arange(n), example)
         raise ValueError(f"{path}: no scores for {len(missing)} of {n} examples, e.g. {missing[:5].tolist()}")
     order = np.argsort(example)
-    return Scores(*(table[name].to_numpy()[order] for name in Scores._fields))
+    return Scores(**{name: table[name].to_numpy()[order] for name in Scores._fields})
 
 
 def _fingerprints(dataset: data.Dataset) -> dict[str, str]:

@@ -91,10 +91,8 @@ class ModelRef:
     @property
     def model(self) -> CausalLM:
         """The model without its parameters."""
-        if self.role is None:
-            model = hf.model_of(self.directory)
-        else:
-            model = checkpoint.models(self.directory)[self.role]
+        in_hf = self.role is None
+        model = hf.model_of(self.directory) if in_hf else checkpoint.models(self.directory)[str(self.role)]
         return dataclasses.replace(model, **dict(self.settings))
 
     @property

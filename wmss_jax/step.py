@@ -34,8 +34,8 @@ class TrainState(NamedTuple):
     opt_state: PyTree[Array]
 
 
-def abstract_state(params: Mapping[str, PyTree], tx: optax.GradientTransformation) -> TrainState:
-    """Return shapes, dtypes and shardings of a state: what a checkpoint is restored onto.
+def abstract_state(params: Mapping[str, PyTree], tx: optax.GradientTransformation) -> PyTree:
+    """Return a `TrainState` of shapes, dtypes and shardings: what a checkpoint is restored onto.
 
     Optimizer state is sharded like the parameters it belongs to, everything else replicated.
 
@@ -55,7 +55,8 @@ def abstract_state(params: Mapping[str, PyTree], tx: optax.GradientTransformatio
         otherwise=lambda x: place(x, replicated),
     )
     params = jax.tree.map(lambda leaf: place(leaf, on_mesh(leaf)), dict(params))
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, opt_state)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(step, params, opt_state)
 
 
 def init_state(params: Mapping[str, PyTree[Array]], tx: optax.GradientTransformation) -> TrainState:

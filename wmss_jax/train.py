@@ -110,11 +110,12 @@ def train(job: Job) -> Path:
     files = checkpoint.asset_files(job.assets)
     keep_best = int(job.held_out is not None and job.held_out.keep_best)
 
+    primary = jax.process_index() == 0
     with (
         checkpoint.Writer(_checkpoints(job), keep_last=job.loop.keep_last, keep_best=keep_best) as writer,
-        Tracker(job.directory, total, job.loop.tensorboard, start_step=start, primary=jax.process_index() == 0) as tracker,
+        Tracker(job.directory, total, job.loop.tensorboard, start_step=start, primary=primary) as tracker,
         _stop_requested() as stop,
-    ):  # fmt: skip
+    ):
         report = _Reporter(job, tracker, schedule)
         batches = data.batches(
             job.dataset, job.plan, start_step=start, loss_on=job.loss_on,
@@ -222,7 +223,8 @@ class _Reporter:
             now = time.monotonic()
             pace = self._tokens / max(now - self._since, 1e-9)
             self._tokens, self._since = 0, now
-            metrics |= {"lr": float(self._schedule(number - 1)), "tokens_per_s": pace}
+            lr: Any = self._schedule(number - 1)
+            metrics |= {"lr": float(lr), "tokens_per_s": pace}
             self._tracker.log(number, metrics)
 
 

@@ -1,0 +1,57 @@
+"""The tasks of a recipe, answered by each of its models."""
+
+import functools
+import itertools
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from wmss_jax import config, encoding, examples
+from wmss_jax.evals.graders import GRADERS
+from wmss_jax.evals.run import Item, evaluate
+from wmss_jax.runs import Run
+from wmss_jax.stages import ModelRef
+
+
+def evaluate_all(run: Run, refs: Mapping[str, ModelRef]) -> dict[str, dict[str, Any]]:
+    """Return {model: {task: {accuracy, standard_error, n}}} of M0, M1 and what every arm ends with."""
+    tasks = {name: (task, _items(run, task)) for name, task in run.recipe.eval.tasks.items()}
+    return {
+        name: {task_name: _answered(run, name, ref, task_name, *task) for task_name, task in tasks.items()}
+        for name, ref in refs.items()
+    }
+
+
+def _answered(
+    run: Run, name: str, ref: ModelRef, task_name: str, task: config.TaskConfig, items: list[Item]
+) -> dict[str, Any]:
+    """Return one model's figures on one task; its answers are written to eval/."""
+    path = run.work / "eval" / f"{name}-{task_name}.jsonl"
+
+    def work() -> dict[str, Any]:
+        model, params = ref.load(run.mesh)
+        stop_ids = {encoding.stop_token(run.tokenizer, chat_template=run.recipe.dataset.chat_template)}
+        result = evaluate(
+            model, params, run.tokenizer, items, GRADERS[task.grader], max_new_tokens=task.max_new_tokens,
+            stop_ids=stop_ids, mesh=run.mesh, batch_size=task.batch_size,
+        )  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.write_jsonl(path)
+        return {"accuracy": result.accuracy, "standard_error": result.standard_error, "n": result.n}
+
+    inputs = {
+        "model": ref.digest,
+        "task": task.model_dump(mode="json", exclude={"batch_size"}),
+        "items": f"{zlib.crc32(repr(items).encode()):08x}",
+    }
+    return run.stage(f"eval-{name}-{task_name}", inputs, work)
+
+
+def _items(run: Run, task: config.TaskConfig) -> list[Item]:
+    """Return a task's questions, each rendered exactly as a training prompt would be."""
+    d = run.recipe.dataset
+    problems = itertools.islice(examples.problems(task.source, run.recipe.data), task.limit)
+    render = functools.partial(
+        encoding.prompt_tokens, tokenizer=run.tokenizer, chat_template=d.chat_template, system_prompt=d.system_prompt
+    )
+    return [Item(render(problem.prompt).tolist(), problem.prompt, problem.answer) for problem in problems]

@@ -1,0 +1,40 @@
+"""The shipped model: the strong role alone, as a Hugging Face directory."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from wmss_jax import checkpoint, hf, objectives
+from wmss_jax.runs import Run
+from wmss_jax.stages import ModelRef
+
+
+def export(run: Run, ref: ModelRef, objective: objectives.Objective) -> str:
+    """Write the shipped model as a Hugging Face directory and return where it lies."""
+    calibrate, out = run.recipe.export.calibrate, run.work / "export"
+    lam = getattr(objective, "lam", None)
+    if calibrate == "lambda" and lam is None:
+        raise ValueError(f"export.calibrate: lambda needs a joint.objective with lam; {objective} has none")
+
+    def work() -> dict[str, Any]:
+        model, params = ref.load(run.mesh)
+        if lam is not None and calibrate == "lambda":
+            last = jnp.int32(checkpoint.read_meta(ref.directory)["step"])
+            params = scale_logits(params, float(objectives.at(lam, last)))
+        if not out.exists():
+            hf.save(model, params, out, tokenizer_from=ref.assets)
+        return {"export": str(out)}
+
+    return run.stage("export", {"model": ref.digest, "calibrate": calibrate, "lam": repr(lam)}, work)["export"]
+
+
+def scale_logits(params: PyTree[Array], factor: float) -> PyTree[Array]:
+    """Return parameters whose logits are `factor` times those of `params`: the factor goes into the final norm.
+
+    A branch trained under λ-mixed logits is over-confident by 1/λ by itself; λ makes sampling at temperature 1 fit
+    again, and greedy decoding stays the same. The final norm, because it is linear in its scale and is there in tied
+    and untied models alike.
+    """
+    scale_D = params["final_norm"]["scale"]
+    return {**params, "final_norm": {"scale": (scale_D * factor).astype(scale_D.dtype)}}

@@ -1,0 +1,108 @@
+"""A recipe made ready: its work directory, tokenizer, encoded examples and mesh, which all stages share."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from wmss_jax import checkpoint, config, data, examples, hf, sharding, stages, tokenizer
+from wmss_jax.stages import ModelRef
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A recipe with everything that its stages share."""
+
+    recipe: config.RunConfig
+    work: Path
+    mesh: Mesh | None
+    tokenizer: Any
+    dataset: data.Dataset
+    held_out: data.Dataset | None
+    say: Callable[[str], None]
+
+    @property
+    def model_settings(self) -> tuple[tuple[str, str], ...]:
+        """compute_dtype and remat of every model of the run, as `ModelRef` takes them."""
+        return ("compute_dtype", self.recipe.model.compute_dtype), ("remat", self.recipe.model.remat)
+
+    def ref(self, model: str) -> ModelRef:
+        """Return a reference to a Hugging Face directory, a hub id, or the strong role of a checkpoint."""
+        is_checkpoint = (Path(model) / checkpoint.META).exists()
+        return ModelRef(hf.resolve(model), "strong" if is_checkpoint else None, self.model_settings)
+
+    def encoded(self, sources: Sequence[config.SourceConfig]) -> data.Dataset:
+        """Return other examples than the recipe's own, encoded alike."""
+        return _encoded(self.recipe, self.tokenizer, sources)
+
+    def stage(self, name: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a stage's output, from its record or by doing it."""
+        self.say(f"{name} ...")
+        return stages.run(self.work / "stages" / f"{name}.json", inputs, work)
+
+
+def prepare(recipe: config.RunConfig, say: Callable[[str], None] = print) -> Run:
+    """Return a recipe's tokenizer, examples and mesh, made or found in its work directory."""
+    work = Path(recipe.work_dir)
+    mesh = sharding.make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
+    rows, shards = recipe.dataset.batch_size, sharding.batch_shards(mesh) * recipe.train.micro_batches
+    if rows % shards:
+        raise ValueError(
+            f"dataset.batch_size: {rows} rows do not split over {shards} = train.micro_batches × mesh.data × mesh.fsdp"
+        )
+    made = _assets(recipe, work)
+    encoded = functools.partial(_encoded, recipe, made)
+    dataset = encoded(recipe.dataset.train)
+    r = dataset.report
+    say(
+        f"{r.examples:,} examples, {r.tokens:,} tokens; {r.dropped:,} dropped and {r.truncated:,} truncated as too long"
+    )
+    held_out = encoded(recipe.eval.data) if recipe.eval.data else None
+    return Run(recipe, work, None if mesh.size == 1 else mesh, made, dataset, held_out, say)
+
+
+def _encoded(recipe: config.RunConfig, made: Any, sources: Sequence[config.SourceConfig]) -> data.Dataset:
+    d = recipe.dataset
+    return data.prepare(
+        sources, made, root=recipe.data, seq_len=d.seq_len, too_long=d.too_long, chat_template=d.chat_template,
+        system_prompt=d.system_prompt, cache_dir=Path(recipe.work_dir) / "cache",
+    )  # fmt: skip
+
+
+def _assets(recipe: config.RunConfig, work: Path) -> Any:
+    """Return the tokenizer, having put its files and the model's config.json into `assets/`."""
+    directory, m = work / "assets", recipe.model
+    source = Path(m.config) if m.config is not None else hf.resolve(str(m.path))
+    model_dir = source if source.suffix != ".json" else source.parent
+    settings = hf.read_config(source)
+    if not (directory / "config.json").exists():
+        with hf.new_directory(directory) as new:
+            if isinstance(m.tokenizer, config.TokenizerConfig):
+                tokenizer.train(_texts(recipe), m.tokenizer.vocab_size, new)
+            else:
+                found = model_dir if m.tokenizer is None else hf.resolve(m.tokenizer)
+                for name in hf.CARRIED:
+                    if (found / name).exists():
+                        shutil.copyfile(found / name, new / name)
+            tokenizer.load(new)  # so that nothing is left behind that does not load
+            (new / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    made = tokenizer.load(directory)
+    if len(made) > settings.get("vocab_size", 0):
+        raise ValueError(
+            f"the tokenizer has {len(made)} tokens, the model's vocabulary {settings.get('vocab_size')}: "
+            f"raise vocab_size in config.json or lower model.tokenizer.vocab_size"
+        )
+    return made
+
+
+def _texts(recipe: config.RunConfig) -> Iterator[str]:
+    """Give every text of the training examples, for a tokenizer to be trained on."""
+    for source in (*recipe.dataset.train, *(recipe.pretrain.train if recipe.pretrain else ())):
+        for example in examples.read(source, recipe.data):
+            yield from (message["content"] for message in example.messages or ())
+            yield from (text for text in (example.prompt, example.completion, example.text) if text is not None)
