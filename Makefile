@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-fast lint format constraints clean
+.PHONY: test test-fast demo lint format constraints clean
 
 test: $(INSTALLED)  ## the whole suite, two workers
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(INSTALLED)  ## without the tests marked slow
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+demo: $(INSTALLED)  ## the whole method on a tiny model, in about five minutes
+	$(BIN)/wmss demo
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -60,6 +60,8 @@ def test_bfloat16_hidden_states_accumulate_head_gradients_in_float32():
         run(LogitMix(), hiddens, unembeds, tokens, chunk_tokens=chunk) for chunk in (24, 1)
     )
     assert dW_one["strong"].dtype == jnp.float32
+    rounded = dW_one["strong"].astype(jnp.bfloat16).astype(jnp.float32)
+    assert (rounded != dW_one["strong"]).mean() > 0.9, "nor at the end: the parameters are float32"
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), dW_one, dW_many)
 
 

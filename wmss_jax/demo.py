@@ -57,7 +57,7 @@ def make_recipe(work_dir: Path) -> config.RunConfig:
         "source": {"path": f"{name}.jsonl"}, "grader": "exact", "max_new_tokens": 8, "limit": limit, "batch_size": 256,
     }  # fmt: skip
     settings = {
-        "work_dir": str(work_dir / "run"),
+        "work_dir": str(work_dir),
         "data": str(data),
         "model": {
             "config": str(model / "config.json"), "tokenizer": {"vocab_size": 320},
@@ -83,7 +83,7 @@ TINY = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 320, "hidden_size": 96,
     "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3,
     "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    "max_position_embeddings": 96, "hidden_act": "silu", "attention_bias": False,
+    "max_position_embeddings": 96, "hidden_act": "silu", "attention_bias": False, "initializer_range": 0.1,
 }  # fmt: skip
 
 

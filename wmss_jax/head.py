@@ -86,7 +86,7 @@ def loss(
         unembeds: per role the head's matrix, hidden states to logits.
         hiddens: per role the hidden states, in the dtype to compute in.
     """
-    roles = {role: (hiddens[role], _gathered(unembeds[role], hiddens[role].dtype)) for role in objective.roles}
+    roles = {role: (hiddens[role], unembeds[role]) for role in objective.roles}
     trained = {role: pair for role, pair in roles.items() if role in trainable}
     frozen = jax.lax.stop_gradient({role: pair for role, pair in roles.items() if role not in trainable})
     return _loss((objective, seed, settings), trained, frozen, tokens, jnp.asarray(step, jnp.int32))
@@ -159,8 +159,10 @@ def _run(
     role_specs = lambda roles: {role: (rows, P()) for role in roles}
     in_specs = (role_specs(trained), role_specs(frozen), rows, P())
     out_specs = (summed, {role: (rows, summed) for role in trained} if with_gradients else {})
+    # Cast and gathered in here, so that dW keeps the precision of the parameters and not that of the matmuls.
+    ready = [{role: (h, _gathered(W, h.dtype)) for role, (h, W) in roles.items()} for roles in (trained, frozen)]
     with precision.matmuls_in(next(iter({**trained, **frozen}.values()))[0].dtype):
-        sums, gradients = _on_batch_shards(scan, settings.mesh, in_specs, out_specs)(trained, frozen, tokens, step)
+        sums, gradients = _on_batch_shards(scan, settings.mesh, in_specs, out_specs)(*ready, tokens, step)
     # dW leaves with a leading axis of shards and is summed out here, where the sum can end sharded over fsdp.
     gradients = {
         role: (dh, sharding.constrain_params(jnp.sum(dW, axis=0), "D V").astype(trained[role][1].dtype))

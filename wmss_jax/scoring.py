@@ -19,6 +19,10 @@ from wmss_jax.models import CausalLM
 _META = b"wmss_jax"
 
 
+# Compiled once for all models of a shape: M0, M1 and every arm are scored in turn.
+_score_batch = jax.jit(step.score, static_argnums=0, static_argnames=("mesh", "chunk_tokens"))
+
+
 class Scores(NamedTuple):
     """One number per example [n], means over its completion tokens and EOS, in nats (margin: logits)."""
 
@@ -46,12 +50,12 @@ def score(
         shifted: False takes the entropy one position late, as the released code does (`curriculum.example_means`).
     """
     plan = data.plan(dataset.lengths, seq_len=seq_len, batch_size=batch_size, seed=0, epochs=1)
-    score_batch = jax.jit(functools.partial(step.score, model, mesh=mesh, chunk_tokens=chunk_tokens))
+    score_batch = functools.partial(_score_batch, model, params, mesh=mesh, chunk_tokens=chunk_tokens)
     missing = np.full(len(dataset), np.nan)
     found = Scores(missing, missing.copy(), missing.copy(), np.zeros(len(dataset), np.int64))
     pending: tuple[dict[str, Array], dict[str, np.ndarray]] | None = None
     for batch in data.batches(dataset, plan, start_step=0, loss_on="completion"):
-        scores = score_batch(params, sharding.place_rows(batch, mesh))
+        scores = score_batch(sharding.place_rows(batch, mesh))
         if pending is not None:  # reduced on the host while the device computes the next batch
             _reduce(pending[0], pending[1], shifted, found)
         pending = scores, batch

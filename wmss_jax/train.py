@@ -133,10 +133,9 @@ def train(job: Job) -> Path:
             metric = held_out_loss(_shipped(state, job)) if evaluate else None
             if metric is not None:
                 tracker.log(number, {"held_out_loss": metric})
-            if number == total or keep_best:
-                writer.save(number, state._replace(params=_shipped(state, job)), meta, metric, files)
-            elif save or stop.is_set():
-                writer.save(number, state, meta, metric, files)
+            if save or stop.is_set():
+                saved = state._replace(params=_shipped(state, job)) if number == total else state
+                writer.save(number, saved, meta, metric, files)
             if stop.is_set() and number < total:
                 writer.wait()
                 raise Preempted(

@@ -20,8 +20,6 @@ from jaxtyping import Array, Float, Int
 from wmss_jax import sharding
 from wmss_jax.attention import attention
 
-INIT_STD = 0.02  # of every matrix; Hugging Face's `initializer_range` for these families
-
 # What a layer keeps for its backward pass: everything, the results of matmuls, or only its input.
 REMAT_POLICIES = {
     "none": None,
@@ -30,9 +28,9 @@ REMAT_POLICIES = {
 }
 
 
-def matrix(rngs: nnx.Rngs, dtype: jnp.dtype, *shape: int) -> nnx.Param:
-    """Return a normally distributed weight of the given shape."""
-    return nnx.Param((INIT_STD * jax.random.normal(rngs.params(), shape)).astype(dtype))
+def matrix(rngs: nnx.Rngs, dtype: jnp.dtype, std: float, *shape: int) -> nnx.Param:
+    """Return a normally distributed weight of the given standard deviation and shape."""
+    return nnx.Param((std * jax.random.normal(rngs.params(), shape)).astype(dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -113,10 +111,10 @@ def cached_attention(
 class GatedMLP(nnx.Module):
     """SwiGLU: (silu(x·gate) ∘ x·up)·down."""
 
-    def __init__(self, D: int, F: int, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.gate_proj = matrix(rngs, dtype, D, F)
-        self.up_proj = matrix(rngs, dtype, D, F)
-        self.down_proj = matrix(rngs, dtype, F, D)
+    def __init__(self, D: int, F: int, std: float, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.gate_proj = matrix(rngs, dtype, std, D, F)
+        self.up_proj = matrix(rngs, dtype, std, D, F)
+        self.down_proj = matrix(rngs, dtype, std, F, D)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate_proj[...].astype(x_BTD.dtype))

@@ -27,6 +27,7 @@ class Config:
     norm_eps: float
     tied: bool  # the head is the embedding, transposed
     max_positions: int  # what the checkpoint was trained for; carried along, not enforced
+    init_std: float = 0.02  # of every matrix where parameters are random
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -62,10 +63,10 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: jnp.dtype):
         c = config
         self.config = config
-        self.q_proj = layers.matrix(rngs, dtype, c.hidden_size, c.num_heads, c.head_dim)
-        self.k_proj = layers.matrix(rngs, dtype, c.hidden_size, c.num_kv_heads, c.head_dim)
-        self.v_proj = layers.matrix(rngs, dtype, c.hidden_size, c.num_kv_heads, c.head_dim)
-        self.o_proj = layers.matrix(rngs, dtype, c.num_heads, c.head_dim, c.hidden_size)
+        self.q_proj = layers.matrix(rngs, dtype, c.init_std, c.hidden_size, c.num_heads, c.head_dim)
+        self.k_proj = layers.matrix(rngs, dtype, c.init_std, c.hidden_size, c.num_kv_heads, c.head_dim)
+        self.v_proj = layers.matrix(rngs, dtype, c.init_std, c.hidden_size, c.num_kv_heads, c.head_dim)
+        self.o_proj = layers.matrix(rngs, dtype, c.init_std, c.num_heads, c.head_dim, c.hidden_size)
         self.q_norm = layers.RMSNorm(c.head_dim, c.norm_eps, dtype)
         self.k_norm = layers.RMSNorm(c.head_dim, c.norm_eps, dtype)
 
@@ -100,7 +101,7 @@ class Block(nnx.Module):
         self.input_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, dtype)
         self.attention = Attention(config, rngs, dtype)
         self.mlp_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, dtype)
-        self.mlp = layers.GatedMLP(config.hidden_size, config.intermediate_size, rngs, dtype)
+        self.mlp = layers.GatedMLP(config.hidden_size, config.intermediate_size, config.init_std, rngs, dtype)
 
     def __call__(
         self,
@@ -120,11 +121,11 @@ class Model(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: jnp.dtype):
         c = config
-        self.embed = layers.matrix(rngs, dtype, c.vocab_size, c.hidden_size)
+        self.embed = layers.matrix(rngs, dtype, c.init_std, c.vocab_size, c.hidden_size)
         self.layers = layers.stack(lambda rngs: Block(c, rngs, dtype), c.num_layers, rngs)
         self.final_norm = layers.RMSNorm(c.hidden_size, c.norm_eps, dtype)
         if not c.tied:
-            self.unembed = layers.matrix(rngs, dtype, c.hidden_size, c.vocab_size)
+            self.unembed = layers.matrix(rngs, dtype, c.init_std, c.hidden_size, c.vocab_size)
 
     def hidden(
         self,
@@ -198,6 +199,7 @@ def from_hf(hf: dict) -> Config:
         norm_eps=need("rms_norm_eps"),
         tied=bool(hf.get("tie_word_embeddings", False)),
         max_positions=hf.get("max_position_embeddings", 32768),
+        init_std=hf.get("initializer_range", 0.02),
     )
 
 
@@ -218,6 +220,7 @@ def to_hf(config: Config) -> dict:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
         "max_position_embeddings": config.max_positions,
+        "initializer_range": config.init_std,
         "hidden_act": "silu",
         "attention_bias": False,
         "use_sliding_window": False,
