@@ -1,7 +1,8 @@
-"""`wmss demo`: the whole method on three-digit additions, with its controls, in minutes on two cores.
+"""`wmss demo`: the whole method on two-digit additions, with its controls, in minutes on two cores.
 
-A tiny Qwen3 is pre-trained here, fine-tuned until its training loss saturates, and then trained on in four ways for
-the same number of steps. A model of this size shows that the machinery works. It proves nothing about the paper.
+A tiny Qwen3 is made here. Its base has seen the problems three times; it is fine-tuned until its training loss
+saturates, and then trained on in four ways for the same number of steps. A model of this size shows that the machinery
+works. It proves nothing about the paper.
 """
 
 import json
@@ -16,7 +17,8 @@ from rich.table import Table
 
 from wmss_jax import config, pipeline, runs, selection
 
-TRAIN, TEST = 2000, 1000
+# With fewer problems M1 learns them by heart, with more it learns to add: in between there is something to compare.
+TRAIN, TEST = 1700, 1000
 ARMS = {
     "M0": "base (weak)",
     "M1": "after SFT (strong)",
@@ -37,7 +39,7 @@ def main(work_dir: Path, say: Any = print) -> int:
     console.print(_table(figures))
     console.print(f"Exported model (Hugging Face format): {summary['export']}", highlight=False, soft_wrap=True)
     console.print(
-        "A model of this size proves the machinery, not the paper: one seed, one task. Compare WMSS with the row\n"
+        "A model of this size proves the machinery, not the paper: one seed, one task. Compare WMSS with the row "
         "without a weak model, which is the same loss at another temperature, not with M1, which trained for less.",
         highlight=False,
     )
@@ -66,8 +68,8 @@ def make_recipe(work_dir: Path) -> config.RunConfig:
         "dataset": {"train": "train.jsonl", "chat_template": False, "seq_len": 96, "batch_size": 10},
         "optimizer": {"peak_lr": 2e-3, "warmup_fraction": 0.05, "b2": 0.98, "weight_decay": 0.01},
         "train": {"checkpoint_every_steps": 200, "log_every_steps": 20},
-        "pretrain": {"train": ["short.jsonl", "train.jsonl"], "epochs": 2},
-        "sft": {"epochs": 15},
+        "pretrain": {"epochs": 3},
+        "sft": {"epochs": 28},
         "joint": {"epochs": 12, "objective": {"name": "logit_mix", "lam": 0.5}},
         "controls": {
             "sft_continued": {"objective": {"name": "sft"}, "resample": False},
@@ -88,17 +90,15 @@ TINY = {
 
 
 def make_problems(seed: int = 0) -> dict[str, list[dict[str, str]]]:
-    """Return the problems of every split; no three-digit sum is in both train and test, in either order."""
+    """Return the problems of both splits; no sum is in both, in either order."""
     rng = random.Random(seed)
     pairs: dict[tuple[int, int], None] = {}
     while len(pairs) < TRAIN + TEST:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
         if (b, a) not in pairs:
             pairs[a, b] = None
-    short = [(rng.randint(0, 99), rng.randint(0, 99)) for _ in range(2000)]
-    wide = list(pairs)
-    splits = {"short": short, "train": wide[:TRAIN], "test": wide[TRAIN:]}
-    return {name: [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in split] for name, split in splits.items()}
+    problems = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
+    return {"train": problems[:TRAIN], "test": problems[TRAIN:]}
 
 
 def _write(path: Path, text: str) -> None:
@@ -122,7 +122,7 @@ def _figures(recipe: config.RunConfig, summary: Mapping[str, Any]) -> dict[str, 
 
 
 def _table(figures: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table(title=f"Three-digit addition: {TRAIN} training problems, {TEST} held out, equal steps after M1")
+    table = Table(title=f"Two-digit addition: {TRAIN} training problems, {TEST} held out, equal steps after M1")
     for column in ("", "test accuracy, %", "train accuracy, %", "entropy, nats", "logit margin"):
         table.add_column(column, justify="left" if column == "" else "right")
     for name, row in figures.items():
