@@ -272,7 +272,7 @@ def test_overrides_reach_every_kind_of_section(recipe):
     loaded = load(path, overrides)
     assert loaded.optimizer == config.OptimizerConfig(b1=0.5, clip_norm=None)
     assert loaded.dataset.train == (config.SourceConfig(path="b.jsonl"),)
-    assert loaded.pretrain == config.StageConfig(steps=5)
+    assert loaded.pretrain == config.PretrainConfig(steps=5)
     assert loaded.joint.objective.model_dump() == {"name": "other", "schedule": [1, "a=b"]}
     assert loaded.controls["more"].resample is False
     assert loaded.eval.tasks["svamp"].limit == 3

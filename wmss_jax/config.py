@@ -524,9 +524,12 @@ class RunConfig(_Section):
             raise ValueError(f"train.micro_batches: {parts} does not divide dataset.batch_size {rows}")
         if self.pretrain is not None and self.model.config is None:
             raise ValueError("pretrain: only a model of random parameters (model.config) is pre-trained")
-        optimizers = [self.optimizer, *(stage.optimizer for stage in (self.sft, self.joint) if stage.optimizer)]
+        stages = [stage for stage in (self.pretrain, self.sft, self.joint) if stage is not None]
+        optimizers = [self.optimizer, *(stage.optimizer for stage in stages if stage.optimizer)]
         if self.eval.keep_best and any(optimizer.ema_decay for optimizer in optimizers):
-            raise ValueError("eval.keep_best: not with optimizer.ema_decay, whose average is made at a stage's end only")
+            raise ValueError(
+                "eval.keep_best: not with optimizer.ema_decay, whose average is made at a stage's end only"
+            )
         for name in ("pretrain", "sft", "joint"):
             stage: StageConfig | None = getattr(self, name)
             if stage is not None and stage.eval_every_steps and not self.eval.data:

@@ -205,7 +205,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
         with _open(file) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, _parsed(line, file, number)
+                    yield number, _parsed(line.rstrip(b"\r\n"), file, number)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: damaged gzip file: {error}") from error
 

@@ -5,19 +5,29 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, hf, objectives
+from wmss_jax import checkpoint, hf, objectives, stages
 from wmss_jax.runs import Run
 from wmss_jax.stages import ModelRef
+
+
+def check(calibrate: str, objective: objectives.Objective) -> None:
+    """Raise ValueError if a model trained on `objective` cannot be calibrated; asked before it is trained."""
+    lam = getattr(objective, "lam", None)
+    last = lam.stop if isinstance(lam, objectives.Linear) else lam
+    if calibrate == "lambda" and not last:
+        raise ValueError(
+            f"export.calibrate: lambda needs a joint.objective with lam > 0, unlike {objective}; set it to none"
+        )
 
 
 def export(run: Run, ref: ModelRef, objective: objectives.Objective) -> str:
     """Write the shipped model as a Hugging Face directory and return where it lies."""
     calibrate, out = run.recipe.export.calibrate, run.work / "export"
+    check(calibrate, objective)
     lam = getattr(objective, "lam", None)
-    if calibrate == "lambda" and lam is None:
-        raise ValueError(f"export.calibrate: lambda needs a joint.objective with lam; {objective} has none")
 
     def work() -> dict[str, Any]:
+        stages.clear_partial(out)
         model, params = ref.load(run.mesh)
         if lam is not None and calibrate == "lambda":
             last = jnp.int32(checkpoint.read_meta(ref.directory)["step"])
@@ -26,7 +36,7 @@ def export(run: Run, ref: ModelRef, objective: objectives.Objective) -> str:
             hf.save(model, params, out, tokenizer_from=ref.assets)
         return {"export": str(out)}
 
-    return run.stage("export", {"model": ref.digest, "calibrate": calibrate, "lam": repr(lam)}, work)["export"]
+    return run.stage("export", {"model": ref.digest, "calibrate": calibrate, "lam": repr(lam)}, work, out)["export"]
 
 
 def scale_logits(params: PyTree[Array], factor: float) -> PyTree[Array]:

@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 
 from wmss_jax import checkpoint, config, data, export, hf, inspection, objectives, scoring, selection, train
-from wmss_jax.evals.tasks import evaluate_all
+from wmss_jax.evals.tasks import evaluate_all, read_tasks
 from wmss_jax.runs import Run, prepare
 from wmss_jax.stages import ModelRef
 
@@ -47,27 +47,37 @@ def run(recipe: config.RunConfig, until: str | None = None, say: Callable[[str],
     names = ["pretrain", "sft", *arms]
     if until is not None and until not in names:
         raise ValueError(f"no stage {until!r} to stop after; there are {', '.join(names)}")
+    export.check(recipe.export.calibrate, arms["joint"])
+    with train.exit_on_sigterm():
+        return _run(recipe, arms, until, say)
+
+
+def _run(
+    recipe: config.RunConfig, arms: Mapping[str, objectives.Objective], until: str | None, say: Callable[[str], None]
+) -> dict[str, Any]:
     run = prepare(recipe, say)
+    tasks = read_tasks(run) if until is None else {}  # first, so that a mistake in them does not come to light last
     base = _base(run)
     if until == "pretrain":
         return {"models": {"M0": str(base.directory)}}
     lineage = [base, _sft(run, base)]
     finals = {"M0": lineage[0], "M1": lineage[1]}
     summary: dict[str, Any] = {"curriculum": {}}
-    for number in range(1, recipe.rounds + 1) if until != "sft" else ():
+    rounds = {"sft": 0, "joint": recipe.rounds, None: recipe.rounds}.get(until, 1)  # a control belongs to the first
+    for number in range(1, rounds + 1):
         weak, strong = lineage[-2:]
-        probs, report = selection.curriculum_of(run, number, weak, strong)
-        summary["curriculum"][f"round {number}"] = report
-        for name, objective in arms.items():
-            if name != "joint" and number > 1:
-                continue  # the controls are compared with the first round
-            if until in ("joint", name) or until is None or name == "joint":
-                finals[_nth(name, number)] = _arm(run, number, name, objective, weak, strong, probs)
+        wanted = [name for name in arms if name == "joint" or (number == 1 and until in (None, name))]
+        probs = None
+        if any(recipe.arms()[name].resample for name in wanted):
+            probs, report = selection.curriculum_of(run, number, weak, strong)
+            summary["curriculum"][f"round {number}"] = report
+        for name in wanted:
+            finals[_nth(name, number)] = _arm(run, number, name, arms[name], weak, strong, probs)
         lineage.append(finals[_nth("joint", number)])
     summary["models"] = {name: str(ref.directory) for name, ref in finals.items()}
     if until is None:
         summary["export"] = export.export(run, lineage[-1], arms["joint"])
-        summary["eval"] = evaluate_all(run, finals)
+        summary["eval"] = evaluate_all(run, finals, tasks)
         (run.work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -90,7 +100,7 @@ def _base(run: Run) -> ModelRef:
             checkpoint.save_roles(directory, {"strong": (model, params)}, {}, run.work / "assets")
         return {}
 
-    run.stage("init", {"config": str(model.config), "seed": run.recipe.seed, "dtype": m.param_dtype}, init)
+    run.stage("init", {"config": str(model.config), "seed": run.recipe.seed, "dtype": m.param_dtype}, init, directory)
     start = ModelRef(directory, "strong", settings)
     if stage is None:
         return start
@@ -114,7 +124,7 @@ def _arm(
     objective: objectives.Objective,
     weak: ModelRef,
     strong: ModelRef,
-    probs: np.ndarray,
+    probs: np.ndarray | None,
 ) -> ModelRef:
     """Return what the joint stage, or one of its controls, makes of M_t with the weak agent M_{t-1}."""
     arm, joint = run.recipe.arms()[name], run.recipe.joint
@@ -124,7 +134,11 @@ def _arm(
     refs = {"strong": strong, "weak": weak}
     refs = {role: refs[role] for role in objective.roles}
     trained = tuple(role for role in refs if role == "strong" or arm.weak.trainable)
-    extra = {"probs": f"{zlib.crc32(probs.tobytes()):08x}" if arm.resample else None, "steps": steps}
+    extra: dict[str, Any] = {"steps": steps}
+    if arm.resample:
+        assert probs is not None
+        c = run.recipe.curriculum
+        extra["draw"] = {"probs": f"{zlib.crc32(probs.tobytes()):08x}", "dedup": c.dedup, "multiplier": c.multiplier}
     return _train(run, _nth(name, number), arm, objective, refs, trained, plan, extra)
 
 
@@ -149,6 +163,9 @@ def _train(
         "keep_best": recipe.eval.keep_best,
         **extra,
     }
+    held_out = _held_out(run, stage, plan)
+    if held_out is not None and held_out.keep_best:
+        inputs["held_out"] = {"data": held_out.dataset.fingerprint, "every_steps": held_out.every_steps}
     job = train.Job(
         directory=run.work / name,
         models={role: ref.model for role, ref in refs.items()},
@@ -170,9 +187,10 @@ def _train(
             "lineage": {**lineage, **extra, "objective": repr(objective)},
         },
         assets=run.work / "assets",
-        held_out=_held_out(run, stage, plan),
+        held_out=held_out,
     )
-    output = run.stage(name, inputs, lambda: {"checkpoint": train.train(job).relative_to(run.work).as_posix()})
+    work = lambda: {"checkpoint": train.train(job).relative_to(run.work).as_posix()}
+    output = run.stage(name, inputs, work, job.directory / "checkpoints")
     settings = next(iter(refs.values())).settings
     return ModelRef(run.work / output["checkpoint"], "strong", settings)
 
@@ -229,6 +247,10 @@ def score_model(recipe: config.RunConfig, model: str, out: Path) -> None:
         raise FileExistsError(f"{out}: exists already; choose another file or remove it")
     run = prepare(recipe)
     scored = run.ref(model)
+    if len(run.tokenizer) > (known := scored.model.vocabulary[0]):
+        raise ValueError(
+            f"{model}: knows {known} tokens, the recipe's tokenizer has {len(run.tokenizer)}; give another"
+        )
     scoring.write(out, selection.score(run, scored), run.dataset, scored.digest, recipe.score.shifted)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,27 @@ class Run:
         """Return other examples than the recipe's own, encoded alike."""
         return _encoded(self.recipe, self.tokenizer, sources)
 
-    def stage(self, name: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a stage's output, from its record or by doing it."""
+    def stage(
+        self, name: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Path | None = None
+    ) -> dict[str, Any]:
+        """Return a stage's output, from its record or by doing it; see `stages.run`."""
         self.say(f"{name} ...")
-        return stages.run(self.work / "stages" / f"{name}.json", inputs, work)
+        return stages.run(self.work / "stages" / f"{name}.json", inputs, work, made)
 
 
 def prepare(recipe: config.RunConfig, say: Callable[[str], None] = print) -> Run:
     """Return a recipe's tokenizer, examples and mesh, made or found in its work directory."""
     work = Path(recipe.work_dir)
     mesh = sharding.make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
-    rows, shards = recipe.dataset.batch_size, sharding.batch_shards(mesh) * recipe.train.micro_batches
-    if rows % shards:
+    shards, parts = sharding.batch_shards(mesh), recipe.train.micro_batches
+    if (rows := recipe.dataset.batch_size) % (shards * parts):
         raise ValueError(
-            f"dataset.batch_size: {rows} rows do not split over {shards} = train.micro_batches × mesh.data × mesh.fsdp"
+            f"dataset.batch_size: {rows} rows do not split over {shards * parts} = train.micro_batches × mesh.data × "
+            f"mesh.fsdp; make it a multiple"
+        )
+    if (rows := recipe.score.batch_size or shards) % shards:
+        raise ValueError(
+            f"score.batch_size: {rows} rows do not split over {shards} = mesh.data × mesh.fsdp; make it a multiple"
         )
     made = _assets(recipe, work)
     encoded = functools.partial(_encoded, recipe, made)
@@ -79,30 +87,61 @@ def _assets(recipe: config.RunConfig, work: Path) -> Any:
     directory, m = work / "assets", recipe.model
     source = Path(m.config) if m.config is not None else hf.resolve(str(m.path))
     model_dir = source if source.suffix != ".json" else source.parent
+    found = hf.resolve(m.tokenizer) if isinstance(m.tokenizer, str) else model_dir
     settings = hf.read_config(source)
-    if not (directory / "config.json").exists():
+
+    def make() -> dict[str, Any]:
+        stages.clear_partial(directory)
+        if directory.exists():
+            return {}
         with hf.new_directory(directory) as new:
             if isinstance(m.tokenizer, config.TokenizerConfig):
-                tokenizer.train(_texts(recipe), m.tokenizer.vocab_size, new)
+                made = tokenizer.train(_texts(recipe), m.tokenizer.vocab_size, new)
             else:
-                found = model_dir if m.tokenizer is None else hf.resolve(m.tokenizer)
+                made = tokenizer.load(found)
                 for name in hf.CARRIED:
                     if (found / name).exists():
                         shutil.copyfile(found / name, new / name)
-            tokenizer.load(new)  # so that nothing is left behind that does not load
+            if len(made) > settings.get("vocab_size", 0):
+                raise ValueError(
+                    f"the tokenizer has {len(made)} tokens, the model's vocabulary {settings.get('vocab_size')}: "
+                    f"raise vocab_size in config.json or lower model.tokenizer.vocab_size"
+                )
             (new / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    made = tokenizer.load(directory)
-    if len(made) > settings.get("vocab_size", 0):
-        raise ValueError(
-            f"the tokenizer has {len(made)} tokens, the model's vocabulary {settings.get('vocab_size')}: "
-            f"raise vocab_size in config.json or lower model.tokenizer.vocab_size"
-        )
-    return made
+        return {}
+
+    inputs = {"config": settings, "tokenizer": _tokenizer_inputs(recipe, found)}
+    record = work / "stages" / "assets.json"
+    used = len(list(record.parent.glob("*.json"))) > 1
+    if record.exists() and not used and json.loads(record.read_text())["inputs"] != inputs:
+        # After a look at the data (`wmss inspect`) they and the tokenizer may still change.
+        shutil.rmtree(directory, ignore_errors=True)
+        record.unlink()
+    stages.run(record, inputs, make, directory)
+    return tokenizer.load(directory)
+
+
+def _tokenizer_inputs(recipe: config.RunConfig, found: Path) -> dict[str, Any]:
+    """Return what tells one tokenizer from another: its files, or what it is trained on."""
+    wanted = recipe.model.tokenizer
+    crc = lambda content: f"{zlib.crc32(content):08x}"
+    if not isinstance(wanted, config.TokenizerConfig):
+        if not any((found / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise ValueError(f"{found}: holds no tokenizer (tokenizer.json); say in model.tokenizer which to use")
+        return {name: crc((found / name).read_bytes()) for name in hf.CARRIED if (found / name).exists()}
+    texts = [
+        (examples.digest(source, recipe.data), source.model_copy(update={"path": ""})) for source in _sources(recipe)
+    ]
+    return {"vocab_size": wanted.vocab_size, "texts": crc(repr(texts).encode())}
+
+
+def _sources(recipe: config.RunConfig) -> tuple[config.SourceConfig, ...]:
+    return (*recipe.dataset.train, *(recipe.pretrain.train if recipe.pretrain else ()))
 
 
 def _texts(recipe: config.RunConfig) -> Iterator[str]:
     """Give every text of the training examples, for a tokenizer to be trained on."""
-    for source in (*recipe.dataset.train, *(recipe.pretrain.train if recipe.pretrain else ())):
+    for source in _sources(recipe):
         for example in examples.read(source, recipe.data):
             yield from (message["content"] for message in example.messages or ())
             yield from (text for text in (example.prompt, example.completion, example.text) if text is not None)

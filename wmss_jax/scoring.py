@@ -79,7 +79,7 @@ def write(path: str | os.PathLike, scores: Scores, dataset: data.Dataset, model_
     table = pa.table(columns).replace_schema_metadata({_META: json.dumps(meta).encode()})
     partial = Path(path).with_name(Path(path).name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, partial)
+    pq.write_table(table, partial, write_page_checksum=True)
     partial.rename(path)
 
 
@@ -87,9 +87,13 @@ def read(path: str | os.PathLike, dataset: data.Dataset) -> Scores:
     """Return the scores of a Parquet file, which must be of this data set.
 
     Raises:
-        ValueError: they are of other data or of another tokenizer, or examples are missing.
+        ValueError: they are of other data or of another tokenizer, an example is missing or there twice, or the file
+            is damaged.
     """
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}; score again") from error
     said = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
     for what, fingerprint in _fingerprints(dataset).items():
         if said.get(what) != fingerprint:
@@ -97,8 +101,9 @@ def read(path: str | os.PathLike, dataset: data.Dataset) -> Scores:
     n = len(dataset)
     example = table["example"].to_numpy()
     if not np.array_equal(np.sort(example), np.arange(n)):
-        missing = np.setdiff1d(np.arange(n), example)
-        raise ValueError(f"{path}: no scores for {len(missing)} of {n} examples, e.g. {missing[:5].tolist()}")
+        missing, twice = np.setdiff1d(np.arange(n), example), np.flatnonzero(np.bincount(example) > 1)
+        what, which = ("no scores for", missing) if len(missing) else ("more than one score for", twice)
+        raise ValueError(f"{path}: {what} {len(which)} of {n} examples, e.g. {which[:5].tolist()}; score again")
     order = np.argsort(example)
     return Scores(**{name: table[name].to_numpy()[order] for name in Scores._fields})
 

@@ -1,6 +1,7 @@
 """Which examples the joint stage sees: scores of the weak and the strong agent, and the curriculum made of them."""
 
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,9 +54,9 @@ def curriculum_of(run: Run, number: int, weak: ModelRef, strong: ModelRef) -> tu
     }
     path = run.work / "curriculum" / f"round-{number}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    np.save(path.with_suffix(".npy"), probs)
     if share < c.min_effective_share:
+        path = path.with_name(f"round-{number}-collapsed.json")  # another name: nothing of a finished run is touched
+        path.write_text(json.dumps(report, indent=2) + "\n")
         raise ValueError(
             f"the curriculum collapses: its effective sample size is {share * len(probs):.0f} of {len(probs)} examples "
             f"({share:.1%}, curriculum.min_effective_share is {c.min_effective_share:.1%}). Entropy fell on "
@@ -63,8 +64,20 @@ def curriculum_of(run: Run, number: int, weak: ModelRef, strong: ModelRef) -> tu
             f"agent that is confidently wrong does this. Mix with uniform draws (curriculum.uniform_share=0.5), lower "
             f"curriculum.beta, or lower curriculum.min_effective_share to go on as it is. Report: {path}"
         )
+
+    def work() -> dict[str, Any]:
+        np.save(path.with_suffix(".npy"), probs)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        return report
+
+    inputs = {
+        **c.model_dump(exclude={"dedup", "multiplier", "min_effective_share"}),
+        **{role: f"{zlib.crc32(s.entropy.tobytes()):08x}" for role, s in found.items()},
+    }
+    report = run.stage(f"curriculum-{number}", inputs, work)
     run.say(f"curriculum: effective sample size {share:.1%}, shares {_percent(report['term_shares'])}")
-    return probs, report
+    # From the file, because another machine may round the sums above otherwise, and go on with this one's work.
+    return np.load(path.with_suffix(".npy")), report
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """Stages on disk: what each was made from, whether it is finished, and where its model lies.
 
 Every stage of a run has a record, `stages/<name>.json`: its inputs, written before the work starts, and its output,
-written when it is done. A finished stage is skipped; one made from other inputs is refused, never overwritten.
+written when it is done. A finished stage is skipped, an unfinished one gone on with; one made from other inputs is
+refused, never overwritten.
 """
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,24 +20,33 @@ from wmss_jax import checkpoint, hf
 from wmss_jax.models import CausalLM
 
 
-def run(record: Path, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def run(
+    record: Path, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Path | None = None
+) -> dict[str, Any]:
     """Return the output of a stage: what `work()` returned when it was finished, now or in an earlier run.
 
     Args:
         inputs: JSON of everything that the output depends on.
         work: does the stage's work; called again after an interruption, it goes on.
+        made: directory that the work fills. While there is nothing in it, an unfinished stage may begin again from
+            other inputs: a mistake that stopped it at its start can be mended where it was made.
 
     Raises:
         ValueError: the record is of other inputs; the keys that differ are named.
+        FileExistsError: `made` holds something without a record of what it was made from.
     """
     inputs = json.loads(json.dumps(inputs))
-    if record.exists():
-        known = json.loads(record.read_text())
+    known = json.loads(record.read_text()) if record.exists() else {"inputs": {}, "output": None}
+    begun = made is not None and made.exists() and any(made.iterdir())
+    if begun and not record.exists():
+        raise FileExistsError(f"{made}: exists, and no {record} says from what; remove it or choose another work_dir")
+    if begun or known["output"] is not None:
         _check_same(record, known["inputs"], inputs)
-        if known["output"] is not None:
-            return known["output"]
+    if known["output"] is not None:
+        return known["output"]
     record.parent.mkdir(parents=True, exist_ok=True)
-    _write(record, {"inputs": inputs, "output": None})
+    if known["inputs"] != inputs:
+        _write(record, {"inputs": inputs, "output": None})
     output = json.loads(json.dumps(work()))
     _write(record, {"inputs": inputs, "output": output})
     return output
@@ -59,6 +70,15 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {path: tree}
     return {key: leaf for name, node in tree.items() for key, leaf in _flat(node, f"{path}.{name}".strip(".")).items()}
+
+
+def clear_partial(directory: Path) -> None:
+    """Remove what a killed process left of `directory` under a temporary name (`hf.new_directory`).
+
+    The name has the process id in it, which is always the same in a container.
+    """
+    for leftover in directory.parent.glob(f"{directory.name}.partial-*"):
+        shutil.rmtree(leftover)
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
@@ -85,7 +105,11 @@ class ModelRef:
         if self.role is None:
             model, params = hf.load(self.directory, mesh, dtype)
         else:
-            model, params = checkpoint.load_role(self.directory, self.role, mesh, dtype)
+            try:
+                model, params = checkpoint.load_role(self.directory, self.role, mesh, dtype)
+            except checkpoint.CheckpointDamaged as error:
+                fix = "put back a copy of it, or start again in another work_dir"
+                raise checkpoint.CheckpointDamaged(f"{error}; {fix}") from error
         return dataclasses.replace(model, **dict(self.settings)), params
 
     @property

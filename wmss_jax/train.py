@@ -92,7 +92,7 @@ def train(job: Job) -> Path:
 
     Raises:
         Preempted: SIGTERM came; the state was saved.
-        NonFiniteLoss: a step's loss is NaN or infinite; checkpoints before it remain.
+        NonFiniteLoss: a step's loss or gradient is NaN or infinite; checkpoints before it remain.
     """
     total = job.plan.total_steps
     tx, schedule = optim.make(job.optimizer, total)
@@ -129,25 +129,29 @@ def train(job: Job) -> Path:
             save = number % job.loop.checkpoint_every_steps == 0 or number == total or (evaluate and keep_best)
             if not (evaluate or save or stop.is_set()):
                 continue
-            report.flush()  # a state whose loss is not finite must not be saved
+            report.flush()  # a state that is not finite must not be saved
             metric = held_out_loss(_shipped(state, job)) if evaluate else None
             if metric is not None:
                 tracker.log(number, {"held_out_loss": metric})
+                if not math.isfinite(metric):
+                    raise NonFiniteLoss(f"the held-out loss after step {number} is {metric}; lower the learning rate")
             if save or stop.is_set():
                 saved = state._replace(params=_shipped(state, job)) if number == total else state
                 writer.save(number, saved, meta, metric, files)
-            if stop.is_set() and number < total:
-                writer.wait()
-                raise Preempted(
-                    f"saved step {number} of {total} in {job.directory}; the same command goes on from there"
-                )
+            if stop.is_set():
+                break
+    if stop.is_set():  # set while the last step was being saved, too
+        raise Preempted(f"saved step {number} of {total} in {job.directory}; the same command goes on from there")
     return _result(job)
 
 
 def _first_state(job: Job, tx: optax.GradientTransformation) -> step.TrainState:
     """Return the newest checkpoint's state, or else the one before the first step."""
     params = {role: job.models[role].abstract(job.param_dtype, job.mesh) for role in job.trained_roles}
-    resumed = checkpoint.resume(_checkpoints(job), step.abstract_state(params, tx), job.loop.verify)
+    try:
+        resumed = checkpoint.resume(_checkpoints(job), step.abstract_state(params, tx), job.loop.verify)
+    except checkpoint.CheckpointDamaged as error:
+        raise checkpoint.CheckpointDamaged(f"{error}; remove what is damaged to go on from what is intact") from error
     return step.init_state(job.trained(), tx) if resumed is None else resumed[1]
 
 
@@ -211,7 +215,8 @@ class _Reporter:
             return
         (number, pending), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in jax.device_get(pending).items()}
-        if not math.isfinite(metrics["loss"]):
+        # A gradient that is not finite spoils the parameters, which the next step's loss would show after a save.
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             rows = self._job.plan.rows_of(number - 1)
             examples = sorted({int(index) for row in rows for index in row})
             raise NonFiniteLoss(
@@ -225,6 +230,26 @@ class _Reporter:
             lr: Any = self._schedule(number - 1)
             metrics |= {"lr": float(lr), "tokens_per_s": pace}
             self._tracker.log(number, metrics)
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raise Preempted where SIGTERM comes outside of a training loop, which saves first.
+
+    Nothing is lost but what the stage at hand has not written yet.
+    """
+
+    def stop(*_: object) -> None:
+        raise Preempted("stopped; the same command goes on from the last finished stage or checkpoint")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -12,10 +12,16 @@ from wmss_jax.evals.run import Item, evaluate
 from wmss_jax.runs import Run
 from wmss_jax.stages import ModelRef
 
+Tasks = Mapping[str, tuple[config.TaskConfig, list[Item]]]
 
-def evaluate_all(run: Run, refs: Mapping[str, ModelRef]) -> dict[str, dict[str, Any]]:
+
+def read_tasks(run: Run) -> Tasks:
+    """Return every task of the recipe with its questions."""
+    return {name: (task, _items(run, task)) for name, task in run.recipe.eval.tasks.items()}
+
+
+def evaluate_all(run: Run, refs: Mapping[str, ModelRef], tasks: Tasks) -> dict[str, dict[str, Any]]:
     """Return {model: {task: {accuracy, standard_error, n}}} of M0, M1 and what every arm ends with."""
-    tasks = {name: (task, _items(run, task)) for name, task in run.recipe.eval.tasks.items()}
     return {
         name: {task_name: _answered(run, name, ref, task_name, *task) for task_name, task in tasks.items()}
         for name, ref in refs.items()
