@@ -150,6 +150,10 @@ BAD_SECTIONS = [
     ),
     # evaluation and export
     ({"eval": {"keep_best": True}}, "eval: keep_best needs data with held-out examples"),
+    (
+        {"eval": {"keep_best": True, "data": "held.jsonl"}, "sft": {"optimizer": {"ema_decay": 0.9}}},
+        "eval.keep_best: not with optimizer.ema_decay, whose average is made at a stage's end only",
+    ),
     ({"eval": {"every_steps": 5}}, "eval: every_steps needs data with held-out examples"),
     (
         {"eval": {"tasks": {"1": {"source": "a.json", "grader": "exact"}}}},
@@ -347,6 +351,8 @@ def sections(draw, model):
         drawn.setdefault("train", {})["micro_batches"] = drawn["dataset"].get("batch_size", 256)
         if drawn["model"].get("config") is None:
             drawn["pretrain"] = None
+        if "ema_decay" in json.dumps(drawn):  # the two together are refused
+            drawn["eval"]["keep_best"] = False
     return drawn
 
 
