@@ -179,13 +179,16 @@ def test_a_mistake_is_one_line_with_its_path(recipe, sections, line):
 
 def test_all_mistakes_are_reported_at_once(recipe):
     path = recipe(train={"keep_last": "x", "keep": 1}, curriculum={"gamma": -0.5}, rouns=2)
-    assert complaint(path, ["sft.epochs=0"]).splitlines() == [
-        "FILE: train.keep_last: expected a whole number, got 'x'",
-        "FILE: train.keep: unknown key; did you mean 'keep_last'?",
-        "override 'sft.epochs=0': sft.epochs: must be > 0, got 0",
-        "FILE: curriculum.gamma: must be >= 0, got -0.5",
-        "FILE: rouns: unknown key; did you mean 'rounds'?",
-    ]
+    lines = complaint(path, ["sft.epochs=0"]).splitlines()
+    assert sorted(lines) == sorted(
+        [  # in which order, releases of pydantic differ
+            "FILE: train.keep_last: expected a whole number, got 'x'",
+            "FILE: train.keep: unknown key; did you mean 'keep_last'?",
+            "override 'sft.epochs=0': sft.epochs: must be > 0, got 0",
+            "FILE: curriculum.gamma: must be >= 0, got -0.5",
+            "FILE: rouns: unknown key; did you mean 'rounds'?",
+        ]
+    )
 
 
 @pytest.mark.parametrize(
