@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from wmss_jax import curriculum, data, inspection
+from wmss_jax import curriculum, data, epochs, inspection
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_unknown_example(dataset):
 
 def test_summary(dataset):
     probs = np.array([0.4, 0.2, 0.2, 0.2])
-    plan = data.plan(dataset.lengths, seq_len=40, batch_size=2, seed=0, epochs=2, probs=probs, multiplier=2.0)
+    plan = epochs.plan(dataset.lengths, seq_len=40, batch_size=2, seed=0, epochs=2, probs=probs, multiplier=2.0)
     text = inspection.summary(dataset, plan, probs, {"difficulty": 0.1, "consolidation": 0.9})
     lines = {line[:18].strip(): line[18:] for line in text.splitlines()}
     assert lines["examples"] == "4" and lines["truncated"] == "1" and lines["dropped"] == "0"
@@ -68,7 +68,7 @@ def test_summary(dataset):
 
 
 def test_histogram_counts_every_example(dataset):
-    plan = data.plan(dataset.lengths, seq_len=40, batch_size=2, seed=0, epochs=1)
+    plan = epochs.plan(dataset.lengths, seq_len=40, batch_size=2, seed=0, epochs=1)
     text = inspection.summary(dataset, plan)
     bars = [line.split() for line in text.splitlines() if " to " in line]
     assert sum(int(bar[3]) for bar in bars) == 4

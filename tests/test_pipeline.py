@@ -284,8 +284,10 @@ def test_other_data_in_the_same_file_is_refused(finished):
 
 def test_what_changes_no_result_may_change(finished, monkeypatch):
     refuse(monkeypatch, (train, "train"), (scoring, "score"), (tasks, "evaluate"), (export.hf, "save"))
-    run("train.checkpoint_every_steps=3", "train.keep_last=1", "eval.tasks.sums.batch_size=2", "eval.every_steps=1",
-        "curriculum.min_effective_share=0", "score.batch_size=2")  # fmt: skip
+    before = json.loads(Path("run/summary.json").read_text())
+    again = run("train.checkpoint_every_steps=3", "train.keep_last=1", "eval.tasks.sums.batch_size=2",
+                "eval.every_steps=1", "curriculum.min_effective_share=0", "score.batch_size=2")  # fmt: skip
+    assert again == before
 
 
 def test_what_has_no_record_is_not_taken_for_a_result(finished):

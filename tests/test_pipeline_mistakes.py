@@ -108,7 +108,9 @@ def test_a_bad_row(root, refused, kind):
 
 @pytest.mark.parametrize("refused", ["a process"], indirect=True)
 def test_a_bad_row_in_a_real_process(root, refused):
-    test_a_bad_row(root, refused, "malformed")
+    row, expected = ROWS["malformed"]
+    recipes.rows(root / "train.jsonl", [ROW, row])
+    assert re.fullmatch(expected.replace(":3", ":2"), refused("run", "recipe.yaml"))
 
 
 @pytest.mark.parametrize("kind", ROWS)

@@ -13,7 +13,7 @@ import pytest
 import recipes
 import tiny
 
-from wmss_jax import data, scoring, sharding
+from wmss_jax import data, epochs, scoring, sharding
 
 MODEL = tiny.model(vocab_size=400)
 LONGEST = 48
@@ -75,7 +75,7 @@ def alone(dataset, index):
 
 
 def test_packed_examples_score_as_each_alone(dataset, scores):
-    rows = data.plan(dataset.lengths, seq_len=LONGEST, batch_size=4, seed=0, epochs=1)
+    rows = epochs.plan(dataset.lengths, seq_len=LONGEST, batch_size=4, seed=0, epochs=1)
     assert max(len(row) for step in range(rows.total_steps) for row in rows.rows_of(step)) >= 2
     for index in range(len(dataset)):
         mine = [column[index] for column in scores]

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "wmss_jax"
 LAYERS = [
     ["precision", "yamlfile", "digests"],
     ["config", "objectives", "curriculum", "packing", "sharding", "attention"],
-    ["optim"],
+    ["optim", "epochs"],
     ["head"],
     ["models.table", "models.hf_config", "models.layers"],
     ["models.qwen3"],

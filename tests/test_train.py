@@ -14,7 +14,7 @@ import pytest
 import recipes
 import tiny
 
-from wmss_jax import checkpoint, config, data, hf, objectives, optim, runs, step, train
+from wmss_jax import checkpoint, config, epochs, hf, objectives, optim, runs, step, train
 
 TOTAL = 6
 ADAM = config.OptimizerConfig(peak_lr=3e-3, warmup_fraction=0.4, schedule="cosine", weight_decay=0.1)
@@ -61,7 +61,7 @@ def make_job(run, directory, **changes):
         "objective": objectives.Sft(),
         "optimizer": ADAM,
         "dataset": run.dataset,
-        "plan": data.plan(run.dataset.lengths, seq_len=d.seq_len, batch_size=d.batch_size, seed=1, steps=TOTAL),
+        "plan": epochs.plan(run.dataset.lengths, seq_len=d.seq_len, batch_size=d.batch_size, seed=1, steps=TOTAL),
         "loss_on": "completion",
         "loop": run.recipe.train,
         "seed": 0,
@@ -97,7 +97,7 @@ def joint(run, directory):
 def best(run, directory):
     """A rate so high that the held-out loss does not fall to the end."""
     rate = config.OptimizerConfig(peak_lr=0.03, schedule="constant")
-    plan = data.plan(run.dataset.lengths[:8], seq_len=32, batch_size=4, seed=1, steps=10)
+    plan = epochs.plan(run.dataset.lengths[:8], seq_len=32, batch_size=4, seed=1, steps=10)
     loop = run.recipe.train.model_copy(update={"checkpoint_every_steps": 4})
     return make_job(
         run, directory, optimizer=rate, plan=plan, held_out=held_out(run, every_steps=2, keep_best=True), loop=loop
@@ -108,7 +108,7 @@ JOBS = {"plain": plain, "ema": ema, "joint": joint, "best": best}
 
 
 def held_out(run, **settings):
-    rows = data.plan(run.held_out.lengths, seq_len=32, batch_size=4, seed=0, epochs=1)
+    rows = epochs.plan(run.held_out.lengths, seq_len=32, batch_size=4, seed=0, epochs=1)
     return train.HeldOut(run.held_out, rows, **settings)
 
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from wmss_jax import curriculum
-from wmss_jax.data import Dataset, Plan
+from wmss_jax.data import Dataset
+from wmss_jax.epochs import Plan
 
 _BINS, _WIDTH = 12, 40  # of the histogram: rows, and characters of the longest bar
 _STYLE = "black on green"

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from wmss_jax import checkpoint, config, data, export, hf, inspection, objectives, scoring, selection, train
+from wmss_jax import checkpoint, config, epochs, export, hf, inspection, objectives, scoring, selection, train
 from wmss_jax.evals.tasks import evaluate_all, read_tasks
 from wmss_jax.runs import Run, prepare
 from wmss_jax.stages import ModelRef
@@ -144,7 +144,7 @@ def _arm(
 
 def _train(
     run: Run, name: str, stage: config.StageConfig, objective: objectives.Objective,
-    refs: Mapping[str, ModelRef], trained: tuple[str, ...], plan: data.Plan, extra: Mapping[str, Any] = {},
+    refs: Mapping[str, ModelRef], trained: tuple[str, ...], plan: epochs.Plan, extra: Mapping[str, Any] = {},
 ) -> ModelRef:  # fmt: skip
     """Carry out one training stage and return the strong role it ends with."""
     recipe, m = run.recipe, run.recipe.model
@@ -195,20 +195,20 @@ def _train(
     return ModelRef(run.work / output["checkpoint"], "strong", settings)
 
 
-def _plan(run: Run, name: str, stage: config.StageConfig, probs: np.ndarray | None = None) -> data.Plan:
+def _plan(run: Run, name: str, stage: config.StageConfig, probs: np.ndarray | None = None) -> epochs.Plan:
     c, d = run.recipe.curriculum, run.recipe.dataset
-    return data.plan(
+    return epochs.plan(
         run.dataset.lengths, seq_len=d.seq_len, batch_size=d.batch_size,
         seed=zlib.crc32(f"{run.recipe.seed} {name}".encode()), epochs=stage.epochs, steps=stage.steps,
         probs=probs, dedup=c.dedup, multiplier=c.multiplier,
     )  # fmt: skip
 
 
-def _held_out(run: Run, stage: config.StageConfig, plan: data.Plan) -> train.HeldOut | None:
+def _held_out(run: Run, stage: config.StageConfig, plan: epochs.Plan) -> train.HeldOut | None:
     if run.held_out is None:
         return None
     d, evaluation = run.recipe.dataset, run.recipe.eval
-    rows = data.plan(run.held_out.lengths, seq_len=d.seq_len, batch_size=d.batch_size, seed=0, epochs=1)
+    rows = epochs.plan(run.held_out.lengths, seq_len=d.seq_len, batch_size=d.batch_size, seed=0, epochs=1)
     every = stage.eval_every_steps or evaluation.every_steps or plan.total_steps
     return train.HeldOut(run.held_out, rows, every, evaluation.keep_best)
 

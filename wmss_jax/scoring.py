@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import curriculum, data, sharding, step
+from wmss_jax import curriculum, data, epochs, sharding, step
 from wmss_jax.models import CausalLM
 
 _META = b"wmss_jax"
@@ -49,7 +49,7 @@ def score(
         seq_len, batch_size: of the packed rows.
         shifted: False takes the entropy one position late, as the released code does (`curriculum.example_means`).
     """
-    plan = data.plan(dataset.lengths, seq_len=seq_len, batch_size=batch_size, seed=0, epochs=1)
+    plan = epochs.plan(dataset.lengths, seq_len=seq_len, batch_size=batch_size, seed=0, epochs=1)
     score_batch = functools.partial(_score_batch, model, params, mesh=mesh, chunk_tokens=chunk_tokens)
     missing = np.full(len(dataset), np.nan)
     found = Scores(missing, missing.copy(), missing.copy(), np.zeros(len(dataset), np.int64))

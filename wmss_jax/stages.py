@@ -6,6 +6,7 @@ refused, never overwritten.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -124,9 +125,9 @@ class ModelRef:
         """Directory with the tokenizer and config files that belong to the parameters."""
         return self.directory if self.role is None else self.directory / checkpoint.ASSETS
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        """Digest of every byte of the parameters."""
+        """Digest of every byte of the parameters; read once, because it takes as long as the disk needs for them."""
         files = sorted(self.directory.glob("*.safetensors")) if self.role is None else [self.directory / "digests.json"]
         crc = google_crc32c.Checksum()
         for file in files:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, data, optim, sharding, step
+from wmss_jax import checkpoint, data, epochs, optim, sharding, step
 from wmss_jax.models import CausalLM
 from wmss_jax.objectives import Objective, Sft
 from wmss_jax.tracking import Tracker
@@ -45,7 +45,7 @@ class HeldOut:
     """Examples whose loss is measured while training, every so many steps; never trained on."""
 
     dataset: data.Dataset
-    plan: data.Plan
+    plan: epochs.Plan
     every_steps: int
     keep_best: bool = False
 
@@ -73,7 +73,7 @@ class Job:
     objective: Objective
     optimizer: "OptimizerConfig"
     dataset: data.Dataset
-    plan: data.Plan
+    plan: epochs.Plan
     loss_on: str
     loop: "TrainConfig"
     seed: int

@@ -4,6 +4,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from wmss_jax import config, encoding, examples
@@ -22,21 +23,16 @@ def read_tasks(run: Run) -> Tasks:
 
 def evaluate_all(run: Run, refs: Mapping[str, ModelRef], tasks: Tasks) -> dict[str, dict[str, Any]]:
     """Return {model: {task: {accuracy, standard_error, n}}} of M0, M1 and what every arm ends with."""
-    return {
-        name: {task_name: _answered(run, name, ref, task_name, *task) for task_name, task in tasks.items()}
-        for name, ref in refs.items()
-    }
+    return {name: _answered(run, name, ref, tasks) for name, ref in refs.items()}
 
 
-def _answered(
-    run: Run, name: str, ref: ModelRef, task_name: str, task: config.TaskConfig, items: list[Item]
-) -> dict[str, Any]:
-    """Return one model's figures on one task; its answers are written to eval/."""
-    path = run.work / "eval" / f"{name}-{task_name}.jsonl"
+def _answered(run: Run, name: str, ref: ModelRef, tasks: Tasks) -> dict[str, Any]:
+    """Return one model's figures on every task; its answers are written to eval/."""
+    load = functools.cache(lambda: ref.load(run.mesh))  # once, and only if a task is not answered yet
+    stop_ids = {encoding.stop_token(run.tokenizer, chat_template=run.recipe.dataset.chat_template)}
 
-    def work() -> dict[str, Any]:
-        model, params = ref.load(run.mesh)
-        stop_ids = {encoding.stop_token(run.tokenizer, chat_template=run.recipe.dataset.chat_template)}
+    def answer(task: config.TaskConfig, items: list[Item], path: Path) -> dict[str, Any]:
+        model, params = load()
         result = evaluate(
             model, params, run.tokenizer, items, GRADERS[task.grader], max_new_tokens=task.max_new_tokens,
             stop_ids=stop_ids, mesh=run.mesh, batch_size=task.batch_size,
@@ -45,12 +41,16 @@ def _answered(
         result.write_jsonl(path)
         return {"accuracy": result.accuracy, "standard_error": result.standard_error, "n": result.n}
 
-    inputs = {
-        "model": ref.digest,
-        "task": task.model_dump(mode="json", exclude={"batch_size"}),
-        "items": f"{zlib.crc32(repr(items).encode()):08x}",
-    }
-    return run.stage(f"eval-{name}-{task_name}", inputs, work)
+    figures = {}
+    for task_name, (task, items) in tasks.items():
+        inputs = {
+            "model": ref.digest,
+            "task": task.model_dump(mode="json", exclude={"batch_size"}),
+            "items": f"{zlib.crc32(repr(items).encode()):08x}",
+        }
+        work = functools.partial(answer, task, items, run.work / "eval" / f"{name}-{task_name}.jsonl")
+        figures[task_name] = run.stage(f"eval-{name}-{task_name}", inputs, work)
+    return figures
 
 
 def _items(run: Run, task: config.TaskConfig) -> list[Item]:
