@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from wmss_jax import head
-from wmss_jax.objectives import LogitMix, entropy, nll
+from wmss_jax.objectives import Context, LogitMix, entropy, nll
 
 D, V, ROWS, T = 8, 20, 4, 6
 TRAINED = frozenset({"strong", "weak"})
@@ -108,6 +108,66 @@ def test_metrics_carry_no_gradient_and_evaluation_takes_none():
     forward = jax.jit(lambda W: head.loss(LogitMix(), W, hiddens, tokens, trainable=TRAINED, step=jnp.int32(0)))
     dots = forward.lower(unembeds).as_text().count("dot_general")
     assert dots == 2, "a forward pass is one matmul a role"
+
+
+def dense(objective, hiddens, unembeds, tokens, vocab_size=V, softcaps=(), z_loss=0.0):
+    """The oracle: whole logits, plain autodiff."""
+    z = {role: (hiddens[role] @ unembeds[role])[..., :vocab_size].reshape(ROWS * T, -1) for role in hiddens}
+    z = {role: softcaps[role] * jnp.tanh(z[role] / softcaps[role]) if role in softcaps else z[role] for role in z}
+    losses_N, _ = objective({r: z[r] for r in objective.roles}, tokens.targets.reshape(-1), Context(jnp.int32(0), None))
+    losses_N += z_loss * sum(jax.nn.logsumexp(z[role], axis=-1) ** 2 for role in objective.roles)
+    return jnp.sum(losses_N * tokens.weights.reshape(-1))
+
+
+@pytest.mark.parametrize("softcaps", [{}, {"strong": 1.5}, {"strong": 2.0, "weak": 0.7}])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("vocab_size", [15, V])
+def test_soft_caps_and_z_loss_equal_the_dense_oracle(softcaps, z_loss, vocab_size):
+    hiddens, unembeds, tokens = inputs()
+    options = {"softcaps": tuple(softcaps.items()), "z_loss": z_loss, "vocab_size": vocab_size}
+    (value, metrics), grads = run(LogitMix(0.3), hiddens, unembeds, tokens, chunk_tokens=5, **options)
+    oracle = lambda W, h: dense(LogitMix(0.3), h, W, tokens, vocab_size, softcaps, z_loss)
+    expected, expected_grads = jax.jit(jax.value_and_grad(oracle, argnums=(0, 1)))(unembeds, hiddens)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, expected_grads)
+    assert ("z_loss" in metrics) == (z_loss > 0)
+
+
+def test_z_loss_is_no_part_of_evaluation():
+    hiddens, unembeds, tokens = inputs()
+    settings = head.Settings(z_loss=0.1)
+    plain, capped = (
+        head.loss(LogitMix(), unembeds, hiddens, tokens, trainable=frozenset(), step=jnp.int32(0), settings=s)[0]
+        for s in (head.Settings(), settings)
+    )
+    assert plain == capped
+
+
+def test_a_frozen_head_of_a_trained_role_gets_no_gradient_and_costs_no_product():
+    hiddens, unembeds, tokens = inputs()
+
+    def value(unembeds, hiddens, frozen_heads):
+        return head.loss(LogitMix(), unembeds, hiddens, tokens, trainable=TRAINED, frozen_heads=frozen_heads,
+                         step=jnp.int32(0), settings=head.Settings(chunk_tokens=5))[0]  # fmt: skip
+
+    grad = jax.jit(jax.grad(value, argnums=(0, 1)), static_argnums=2)
+    (dW, dh), (dW_all, dh_all) = (grad(unembeds, hiddens, frozen) for frozen in (frozenset({"strong"}), frozenset()))
+    np.testing.assert_array_equal(dW["strong"], 0.0)
+    np.testing.assert_array_equal(dW["weak"], dW_all["weak"])
+    jax.tree.map(np.testing.assert_array_equal, dh, dh_all)
+    products = lambda frozen: grad.lower(unembeds, hiddens, frozen).as_text().count("dot_general")
+    assert products(frozenset()) == 6 and products(frozenset({"strong"})) == 5 and products(TRAINED) == 4
+
+
+def test_the_chunk_follows_from_the_memory_of_all_tiles():
+    tile = lambda chunk, V, tiles: chunk * V * tiles * 4
+    for V, tiles in ((151_936, 1), (151_936, 2), (32_000, 2)):
+        chunk = head.Settings().chunk(10**6, V, tiles)
+        assert 0.9 * head.CHUNK_BYTES < tile(chunk, V, tiles) <= head.CHUNK_BYTES
+    assert head.Settings().chunk(50, 32_000) == 50, "never longer than the tokens"
+    assert head.Settings(chunk_tokens=7).chunk(50, 32_000, 2) == 7
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 2, 4), ("data", "fsdp", "tensor"))
+    assert head.Settings(mesh).chunk(10**6, 151_936) == 4 * head.CHUNK_BYTES // (4 * 151_936), "a device has V/tensor"
 
 
 def test_all_weights_zero_is_a_zero_loss():

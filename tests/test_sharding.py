@@ -76,7 +76,7 @@ def compiled_step(mesh_shape, objective, T=64, V=4096):
     place = tiny.params if mesh is None else functools.partial(tiny.sharded, mesh=mesh)
     tx = optax.sgd(0.1)
     state = wmss.init_state({"strong": place(model, 0)}, tx)
-    step = wmss.make_train_step(model, objective, tx, mesh=mesh, chunk_tokens=T // 8)
+    step = wmss.make_train_step(model, objective, tx, mesh=mesh, chunk_tokens=T // 8, z_loss=1e-4, diagnose_every=2)
     return step.lower(state, {"weak": place(model, 1)}, batch).compile().as_text()
 
 
@@ -100,7 +100,10 @@ def inside_loops(hlo):
         name = queue.pop()
         if name not in seen and name in bodies:
             seen.add(name)
-            queue += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(bodies[name]))
+            text = "\n".join(bodies[name])
+            queue += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", text)
+            for branches in re.findall(r"branch_computations={([^}]*)}", text):
+                queue += [branch.strip().lstrip("%") for branch in branches.split(",")]
     return [line for name in seen for line in bodies[name]]
 
 

@@ -15,8 +15,8 @@ CONFIG = qwen3.Config(
 )  # fmt: skip
 
 
-def model(**config) -> CausalLM:
-    return CausalLM("qwen3", dataclasses.replace(CONFIG, **config))
+def model(lora=None, **config) -> CausalLM:
+    return CausalLM("qwen3", dataclasses.replace(CONFIG, **config), lora=lora)
 
 
 @functools.cache

@@ -2,9 +2,10 @@
 
 The loss takes its gradients in the forward pass: per chunk, `jax.vjp` of the objective with respect to the *logits*,
 then dh = dz·Wᵀ and dW += hᵀ·dz written out with float32 accumulation. So no logits outlive their chunk, the backward
-recomputes nothing, and a frozen head costs one matmul. Under a mesh the scan over chunks runs inside a shard_map over
-the batch axes; head weights are gathered before it and dW is summed after it, so that a chunk communicates over
-`tensor` alone: [chunk] scalars and [chunk, D], never anything of vocabulary size.
+recomputes nothing, a frozen role costs one matmul and the frozen head of a trained role (LoRA) two. Under a mesh the
+scan over chunks runs inside a shard_map over the batch axes; head weights are gathered before it and dW is summed
+after it, so that a chunk communicates over `tensor` alone: [chunk] scalars and [chunk, D], never anything of
+vocabulary size.
 """
 
 import dataclasses
@@ -18,11 +19,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
-from wmss_jax import precision, sharding
-from wmss_jax.objectives import Context, Objective, entropy, nll, target_logits
+from wmss_jax import diagnostics, precision, sharding
+from wmss_jax.objectives import Context, Objective, entropy, nll
 
 PADDED_LOGIT = -1e30  # of vocabulary rows that are only padding; -inf would give 0 · -inf = NaN when mixed
-CHUNK_BYTES = 256 * 2**20  # of one float32 logits tile on one device, where the chunk is not given
+CHUNK_BYTES = 256 * 2**20  # of all roles' float32 logits tiles on one device, where the chunk is not given
 
 
 class Tokens(NamedTuple):
@@ -41,27 +42,44 @@ class Settings:
     Attributes:
         vocab_size: rows of W beyond it are padding; None: there are none.
         chunk_tokens: tokens a device handles at once; None: as many as CHUNK_BYTES of logits hold.
+        softcaps: (role, cap) of the roles whose logits are cap·tanh(z / cap) (Gemma 2, arXiv 2408.00118, §2).
+        z_loss: factor on log²Σexp(z) of the trained roles' own logits, added to the loss (PaLM, arXiv 2204.02311, §5).
+        diagnose_every: optimizer steps between two in which `diagnostics.measure` is among the metrics, as
+            "diagnostics/..."; in the steps between they are NaN. None: never.
     """
 
     mesh: Mesh | None = None
     vocab_size: int | None = None
     chunk_tokens: int | None = None
+    softcaps: tuple[tuple[str, float], ...] = ()
+    z_loss: float = 0.0
+    diagnose_every: int | None = None
 
-    def chunk(self, tokens: int, V: int) -> int:
-        """Return the chunk length for `tokens` tokens on one device."""
+    def chunk(self, tokens: int, V: int, tiles: int = 1) -> int:
+        """Return the chunk length for `tokens` tokens on one device, with so many logits tiles at once."""
         tensor = 1 if self.mesh is None else self.mesh.shape["tensor"]
-        return min(tokens, self.chunk_tokens or max(128, CHUNK_BYTES * tensor // (4 * V)))
+        return min(tokens, self.chunk_tokens or max(128, CHUNK_BYTES * tensor // (4 * V * tiles)))
+
+    def finish(self, z: Array, role: str) -> Array:
+        """Return a role's logits from hidden·W: capped, and padding put out of reach."""
+        return _finish(z, self.vocab_size, dict(self.softcaps).get(role))
+
+
+class Inputs(NamedTuple):
+    """What some roles give to the head: hidden states [B, T, D] and head matrices [D, V], by role."""
+
+    hiddens: dict[str, Any]
+    unembeds: dict[str, Any]
 
 
 def logits(
-    hidden: Float[Array, "... D"], unembed_DV: Float[Array, "D V"], vocab_size: int | None = None
+    hidden: Float[Array, "... D"],
+    unembed_DV: Float[Array, "D V"],
+    vocab_size: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "... V"]:
-    """Return float32 logits hidden·W, PADDED_LOGIT where a row of W is beyond `vocab_size`."""
-    z = jnp.matmul(hidden, unembed_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    V = unembed_DV.shape[-1]
-    if vocab_size is None or vocab_size == V:
-        return z
-    return jnp.where(jnp.expand_dims(jnp.arange(V) < vocab_size, range(z.ndim - 1)), z, PADDED_LOGIT)
+    """Return float32 logits hidden·W, soft-capped if asked for; PADDED_LOGIT in rows of W beyond `vocab_size`."""
+    return _finish(_matmul("...D,DV->...V", hidden, unembed_DV.astype(hidden.dtype)), vocab_size, softcap)
 
 
 def loss(
@@ -71,6 +89,7 @@ def loss(
     tokens: Tokens,
     *,
     trainable: frozenset[str],
+    frozen_heads: frozenset[str] = frozenset(),
     step: Int[Array, ""],
     seed: int = 0,
     settings: Settings = Settings(),
@@ -85,10 +104,13 @@ def loss(
         objective: per-token loss over the logits of its roles, which `unembeds` and `hiddens` must hold.
         unembeds: per role the head's matrix, hidden states to logits.
         hiddens: per role the hidden states, in the dtype to compute in.
+        frozen_heads: trainable roles whose head matrix is not trained: it gets no gradient and costs none.
     """
-    roles = {role: (hiddens[role], unembeds[role]) for role in objective.roles}
-    trained = {role: pair for role, pair in roles.items() if role in trainable}
-    frozen = jax.lax.stop_gradient({role: pair for role, pair in roles.items() if role not in trainable})
+    with_head = trainable - frozen_heads
+    some = lambda of, wanted: {role: of[role] for role in objective.roles if wanted(role)}
+    trained = Inputs(some(hiddens, lambda r: r in trainable), some(unembeds, lambda r: r in with_head))
+    frozen = Inputs(some(hiddens, lambda r: r not in trainable), some(unembeds, lambda r: r not in with_head))
+    frozen = jax.lax.stop_gradient(frozen)
     return _loss((objective, seed, settings), trained, frozen, tokens, jnp.asarray(step, jnp.int32))
 
 
@@ -97,10 +119,14 @@ def score(
     hidden_BTD: Float[Array, "B T D"],
     targets_BT: Int[Array, "B T"],
     settings: Settings = Settings(),
+    role: str = "strong",
 ) -> dict[str, Float[Array, "B T"]]:
     """Return what every next-token distribution says of its target, float32 [B, T].
 
     "entropy" and "nll" in nats, "margin" in logits: that of the target minus the mean of all others (PAPER §9).
+
+    Args:
+        role: whose soft cap in `settings` these logits have.
     """
 
     def scan(hidden_BTD: Array, unembed_DV: Array, targets_BT: Array) -> dict[str, Array]:
@@ -108,9 +134,9 @@ def score(
         chunk = settings.chunk(targets_BT.size, unembed_DV.shape[-1])
 
         def body(_: None, xs: tuple[Array, Array]) -> tuple[None, dict[str, Array]]:
-            z_NV = logits(xs[0], unembed_DV, settings.vocab_size)
+            z_NV = settings.finish(_matmul("ND,DV->NV", xs[0], unembed_DV), role)
             scores = {"entropy": entropy(z_NV), "nll": nll(z_NV, xs[1])}
-            return None, {**scores, "margin": mean_margin(z_NV, xs[1], settings.vocab_size)}
+            return None, {**scores, "margin": diagnostics.margin(z_NV, xs[1], settings.vocab_size)}
 
         _, scores = jax.lax.scan(body, None, _chunked((hidden_BTD, targets_BT), chunk))
         return jax.tree.map(lambda x: x.reshape(-1)[: targets_BT.size].reshape(shape), scores)
@@ -121,27 +147,16 @@ def score(
         return _on_batch_shards(scan, settings.mesh, (rows, P(), rows), rows)(hidden_BTD, unembed_DV, targets_BT)
 
 
-def mean_margin(
-    logits_NV: Float[Array, "N V"], targets_N: Int[Array, "N"], vocab_size: int | None = None
-) -> Float[Array, "N"]:
-    """Return the target's logit minus the mean logit of all other tokens, padding left out."""
-    V = logits_NV.shape[-1]
-    count = V if vocab_size is None else vocab_size
-    sum_N = jnp.sum(jnp.where(jnp.arange(V)[None, :] < count, logits_NV, 0.0), axis=-1)
-    target_N = target_logits(logits_NV, targets_N)
-    return target_N - (sum_N - target_N) / max(count - 1, 1)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(static: tuple, trained: PyTree, frozen: PyTree, tokens: Tokens, step: Array) -> tuple[Array, dict]:
+def _loss(static: tuple, trained: Inputs, frozen: Inputs, tokens: Tokens, step: Array) -> tuple[Array, dict]:
     return _run(static, trained, frozen, tokens, step, with_gradients=False)[0]
 
 
-def _loss_forward(static: tuple, trained: PyTree, frozen: PyTree, tokens: Tokens, step: Array) -> tuple:
+def _loss_forward(static: tuple, trained: Inputs, frozen: Inputs, tokens: Tokens, step: Array) -> tuple:
     return _run(static, trained, frozen, tokens, step, with_gradients=True)
 
 
-def _loss_backward(static: tuple, gradients: PyTree, cotangents: tuple) -> tuple:
+def _loss_backward(static: tuple, gradients: Inputs, cotangents: tuple) -> tuple:
     del static
     return jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients), None, None, None
 
@@ -150,64 +165,103 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _run(
-    static: tuple, trained: PyTree, frozen: PyTree, tokens: Tokens, step: Array, with_gradients: bool
-) -> tuple[tuple[Array, dict], PyTree]:
+    static: tuple, trained: Inputs, frozen: Inputs, tokens: Tokens, step: Array, with_gradients: bool
+) -> tuple[tuple[Array, dict], Inputs]:
     """Return ((loss, metrics), gradients of `trained`), scanned on every batch shard and summed over them."""
     objective, seed, settings = static
+    hiddens = {**trained.hiddens, **frozen.hiddens}
     scan = functools.partial(_scan, objective, seed, settings, with_gradients)
     rows, summed = P(sharding.BATCH_AXES), P(sharding.BATCH_AXES)
-    role_specs = lambda roles: {role: (rows, P()) for role in roles}
-    in_specs = (role_specs(trained), role_specs(frozen), rows, P())
-    out_specs = (summed, {role: (rows, summed) for role in trained} if with_gradients else {})
+    part_specs = lambda part: Inputs(dict.fromkeys(part.hiddens, rows), dict.fromkeys(part.unembeds, P()))
+    in_specs = (part_specs(trained), part_specs(frozen), rows, P())
+    of_trained = Inputs(dict.fromkeys(trained.hiddens, rows), dict.fromkeys(trained.unembeds, summed))
+    out_specs = (summed, of_trained if with_gradients else Inputs({}, {}))
     # Cast and gathered in here, so that dW keeps the precision of the parameters and not that of the matmuls.
-    ready = [{role: (h, _gathered(W, h.dtype)) for role, (h, W) in roles.items()} for roles in (trained, frozen)]
-    with precision.matmuls_in(next(iter({**trained, **frozen}.values()))[0].dtype):
-        sums, gradients = _on_batch_shards(scan, settings.mesh, in_specs, out_specs)(*ready, tokens, step)
+    ready = lambda part: part._replace(unembeds={r: _gathered(W, hiddens[r].dtype) for r, W in part.unembeds.items()})
+    with precision.matmuls_in(next(iter(hiddens.values())).dtype):
+        mapped = _on_batch_shards(scan, settings.mesh, in_specs, out_specs)
+        sums, gradients = mapped(ready(trained), ready(frozen), tokens, step)
     # dW leaves with a leading axis of shards and is summed out here, where the sum can end sharded over fsdp.
-    gradients = {
-        role: (dh, sharding.constrain_params(jnp.sum(dW, axis=0), "D V").astype(trained[role][1].dtype))
-        for role, (dh, dW) in gradients.items()
-    }
+    whole = lambda dW, role: sharding.constrain_params(jnp.sum(dW, axis=0), "D V").astype(trained.unembeds[role].dtype)
+    gradients = gradients._replace(unembeds={role: whole(dW, role) for role, dW in gradients.unembeds.items()})
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), gradients
 
 
 def _scan(
     objective: Objective, seed: int, settings: Settings, with_gradients: bool,
-    trained: PyTree, frozen: PyTree, tokens: Tokens, step: Array,
+    trained: Inputs, frozen: Inputs, tokens: Tokens, step: Array,
 ) -> tuple:  # fmt: skip
     """Scan the chunks of one batch shard; sums and dW leave with a leading axis of size 1."""
-    V = next(iter({**trained, **frozen}.values()))[1].shape[-1]
-    chunk = settings.chunk(tokens.targets.size, V)
-    unembeds = {role: W for role, (_, W) in {**trained, **frozen}.items()}
-    hiddens = {role: h for role, (h, _) in {**trained, **frozen}.items()}
+    unembeds = {**trained.unembeds, **frozen.unembeds}
+    hiddens = {**trained.hiddens, **frozen.hiddens}
+    V = next(iter(unembeds.values())).shape[-1]
+    chunk = settings.chunk(tokens.targets.size, V, len(hiddens))
+    finish = lambda z: {role: settings.finish(z[role], role) for role in z}
 
     def body(dW: dict[str, Array], xs: tuple[dict, Tokens]) -> tuple[dict, tuple]:
         h, token = xs
         # NaN · 0 is NaN: tokens that do not count are taken out of every product, not multiplied by zero.
         h = {role: jnp.where((token.weights > 0)[:, None], h[role], 0) for role in h}
-        z = {role: logits(h[role], unembeds[role], settings.vocab_size) for role in h}
-        loss_of = lambda z_trained: _weighted(objective, {**z, **z_trained}, token, step, seed)
+        z = {role: _matmul("ND,DV->NV", h[role], unembeds[role]) for role in h}
+        z_trained = {role: z.pop(role) for role in trained.hiddens}
+        z = finish(z)
+        ctx = Context(step, _keys(seed, token))
+        loss_of = lambda z_trained: _weighted(objective, settings, finish(z_trained), z, token, ctx)
         if not with_gradients:
-            return dW, (loss_of({}), {})
-        sums, pull_back, metrics = jax.vjp(loss_of, {role: z[role] for role in trained}, has_aux=True)
-        (dz,) = pull_back(jnp.ones_like(sums))
+            return dW, (loss_of(z_trained), {})
+        value, pull_back, metrics = jax.vjp(loss_of, z_trained, has_aux=True)
+        (dz,) = pull_back(jnp.ones_like(value))
+        if settings.diagnose_every:
+            metrics |= _diagnose(objective, settings, {**z, **finish(z_trained)}, dz["strong"], token, ctx)
         dz = {role: dz[role].astype(h[role].dtype) for role in dz}
         dh = {role: _matmul("NV,DV->ND", dz[role], unembeds[role]).astype(h[role].dtype) for role in dz}
-        dW = {role: dW[role] + _matmul("ND,NV->DV", h[role], dz[role]) for role in dz}
-        return dW, ((sums, metrics), dh)
+        dW = {role: dW[role] + _matmul("ND,NV->DV", h[role], dz[role]) for role in dW}
+        return dW, ((value, metrics), dh)
 
-    zeros = {role: jnp.zeros(unembeds[role].shape, jnp.float32) for role in trained if with_gradients}
+    zeros = {role: jnp.zeros(W.shape, jnp.float32) for role, W in trained.unembeds.items() if with_gradients}
     dW, (sums, dh) = jax.lax.scan(body, zeros, _chunked((hiddens, tokens), chunk))
-    gradients = {role: (_unchunked(dh[role], hiddens[role].shape), dW[role][None]) for role in dh}
+    dh = {role: _unchunked(dh[role], hiddens[role].shape) for role in dh}
+    gradients = Inputs(dh, {role: dW[role][None] for role in dW})
     return jax.tree.map(lambda x: jnp.sum(x, axis=0)[None], sums), gradients
 
 
-def _weighted(objective: Objective, z: dict[str, Array], token: Tokens, step: Array, seed: int) -> tuple[Array, dict]:
+def _weighted(
+    objective: Objective, settings: Settings, trained: dict[str, Array], frozen: dict[str, Array], token: Tokens,
+    ctx: Context,
+) -> tuple[Array, dict]:  # fmt: skip
     """Return the weighted sums of the objective's losses and metrics over one chunk."""
-    ctx = Context(step, _keys(seed, token))
-    losses_N, metrics = objective(z, token.targets, ctx)
-    total = lambda x_N: jnp.sum(jnp.where(token.weights > 0, x_N * token.weights, 0.0))
-    return total(losses_N), jax.tree.map(total, jax.lax.stop_gradient(metrics))
+    losses_N, metrics = objective({**frozen, **trained}, token.targets, ctx)
+    if settings.z_loss and trained:
+        squares_N = sum(jnp.square(jax.nn.logsumexp(z_NV, axis=-1)) for z_NV in trained.values())
+        losses_N, metrics = losses_N + settings.z_loss * squares_N, {**metrics, "z_loss": settings.z_loss * squares_N}
+    return _total(losses_N, token), {name: _total(x, token) for name, x in jax.lax.stop_gradient(metrics).items()}
+
+
+def _diagnose(
+    objective: Objective, settings: Settings, z: dict[str, Array], dz_strong_NV: Array, token: Tokens, ctx: Context
+) -> dict[str, Array]:
+    """Return the weighted sums of the diagnostics over one chunk, NaN in the steps that take none."""
+
+    def measure() -> dict[str, Array]:
+        # dz holds the token's weight; the figure is of the loss before weighting.
+        gradient_NV = dz_strong_NV / jnp.where(token.weights > 0, token.weights, 1.0)[:, None]
+        found = diagnostics.measure(objective, z, token.targets, ctx, gradient_NV, settings.vocab_size)
+        return {f"diagnostics/{name}": _total(x_N, token) for name, x_N in found.items()}
+
+    skip = lambda: {name: jnp.full(x.shape, jnp.nan, x.dtype) for name, x in jax.eval_shape(measure).items()}
+    return jax.lax.cond((ctx.step + 1) % settings.diagnose_every == 0, measure, skip)
+
+
+def _total(x_N: Array, token: Tokens) -> Array:
+    return jnp.sum(jnp.where(token.weights > 0, x_N * token.weights, 0.0))
+
+
+def _finish(z: Array, vocab_size: int | None, softcap: float | None) -> Array:
+    z = z if softcap is None else softcap * jnp.tanh(z / softcap)
+    V = z.shape[-1]
+    if vocab_size is None or vocab_size == V:
+        return z
+    return jnp.where(jnp.expand_dims(jnp.arange(V) < vocab_size, range(z.ndim - 1)), z, PADDED_LOGIT)
 
 
 def _keys(seed: int, token: Tokens) -> Array:

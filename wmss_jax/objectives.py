@@ -31,7 +31,11 @@ class Context(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """Logits float32 [N, V] per role and targets int32 [N] -> losses float32 [N] and metrics float32 [N] each."""
+    """Logits float32 [N, V] per role and targets int32 [N] -> losses float32 [N] and metrics float32 [N] each.
+
+    One that is a cross-entropy on logits of its own making may also have `mixed(logits, ctx)`, which returns these
+    [N, V]: diagnostics then describe them, too.
+    """
 
     roles: ClassVar[tuple[str, ...]]
 
@@ -119,11 +123,14 @@ class LogitMix:
         if self.mix_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"mix_dtype must be 'float32' or 'bfloat16', got {self.mix_dtype!r}")
 
-    def __call__(self, logits: Mapping[str, Float[Array, "N V"]], targets_N: Int[Array, "N"], ctx: Context) -> PerToken:
+    def mixed(self, logits: Mapping[str, Float[Array, "N V"]], ctx: Context) -> Float[Array, "N V"]:
+        """Return z_mix, the logits that the cross-entropy is taken on."""
         lam = jnp.asarray(at(self.lam, ctx.step), self.mix_dtype)
         strong_NV, weak_NV = (logits[role].astype(self.mix_dtype) for role in self.roles)
-        mixed_NV = (lam * strong_NV + (1 - lam) * weak_NV).astype(jnp.float32)
-        return nll(mixed_NV, targets_N), {"accuracy": _is_greedy(logits["strong"], targets_N)}
+        return (lam * strong_NV + (1 - lam) * weak_NV).astype(jnp.float32)
+
+    def __call__(self, logits: Mapping[str, Float[Array, "N V"]], targets_N: Int[Array, "N"], ctx: Context) -> PerToken:
+        return nll(self.mixed(logits, ctx), targets_N), {"accuracy": _is_greedy(logits["strong"], targets_N)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +150,12 @@ class Temperature:
     def __post_init__(self) -> None:
         _check_lam(self.lam)
 
+    def mixed(self, logits: Mapping[str, Float[Array, "N V"]], ctx: Context) -> Float[Array, "N V"]:
+        """Return λ·z_strong, the logits that the cross-entropy is taken on."""
+        return at(self.lam, ctx.step) * logits["strong"]
+
     def __call__(self, logits: Mapping[str, Float[Array, "N V"]], targets_N: Int[Array, "N"], ctx: Context) -> PerToken:
-        scaled_NV = at(self.lam, ctx.step) * logits["strong"]
-        return nll(scaled_NV, targets_N), {"accuracy": _is_greedy(logits["strong"], targets_N)}
+        return nll(self.mixed(logits, ctx), targets_N), {"accuracy": _is_greedy(logits["strong"], targets_N)}
 
 
 def _check_lam(lam: float | Linear) -> None:

@@ -2,9 +2,15 @@
 
 A batch is a dict of arrays [B, T]: `tokens`, `targets` int32 (targets[b, t] = tokens[b, t+1] inside a segment),
 `loss_weights` float32 (0 at a segment's last position and wherever the target is not trained on), and optionally
-`segments` (0 = padding), `positions` (restart in every segment) and `example_index` int32.
+`segments` (0 = padding), `positions` (restart in every segment) and `example_index` int32. With `<role>_hidden`
+[B, T, D], the final-norm hidden states of a frozen role (`weak_cache`), that role's body is not run, and of its
+parameters those of the head are enough.
+
+A role whose model has an adapter (`CausalLM.lora`) is given by the adapter's parameters, and `base` among the frozen
+ones is what they adapt; a role without parameters of its own is that base as it is.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -83,6 +89,7 @@ def loss(
     *,
     mesh: Mesh | None = None,
     chunk_tokens: int | None = None,
+    z_loss: float = 0.0,
     step: int | Int[Array, ""] = 0,
     seed: int = 0,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -94,6 +101,7 @@ def loss(
         models: one model for all roles, or {role: model}.
         params, frozen: {role: parameters}; together they hold the objective's roles.
         chunk_tokens: tokens whose logits exist at once on a device; default by memory.
+        z_loss: factor on log²Σexp(z) of the trained roles, added to the loss.
         step, seed: what schedules and noise in the objective depend on.
 
     Raises:
@@ -102,8 +110,9 @@ def loss(
     full = complete(batch)
     weights = full["loss_weights"] / jnp.maximum(jnp.sum(full["loss_weights"]), 1e-9)
     with sharding.use(mesh):
-        options = {"mesh": mesh, "chunk_tokens": chunk_tokens, "step": step, "seed": seed}
-        return _weighted_loss(models, objective, params, frozen, {**full, "loss_weights": weights}, **options)
+        settings = head.Settings(mesh, chunk_tokens=chunk_tokens, z_loss=z_loss)
+        batch = {**full, "loss_weights": weights}
+        return _weighted_loss(models, objective, params, frozen, batch, settings=settings, step=step, seed=seed)
 
 
 def make_train_step(
@@ -115,6 +124,8 @@ def make_train_step(
     micro_batches: int = 1,
     donate: bool = True,
     chunk_tokens: int | None = None,
+    z_loss: float = 0.0,
+    diagnose_every: int | None = None,
     seed: int = 0,
 ) -> Callable[[TrainState, Mapping[str, PyTree], Batch], tuple[TrainState, Metrics]]:
     """Return the jitted step (state, frozen, batch) -> (state, metrics).
@@ -125,10 +136,13 @@ def make_train_step(
         micro_batches: parts of the batch whose gradients are added up one after another; the division by the global
             token count comes once, so the result does not depend on it.
         donate: reuse the old state's memory for the new one; the old state is gone after the call.
+        z_loss: factor on log²Σexp(z) of the trained roles, added to the loss.
+        diagnose_every: every so many steps the metrics "diagnostics/..." say what `diagnostics.measure` finds in the
+            logits; in the steps between they are NaN. None: there are none.
     """
     step = functools.partial(
         train_step, models=models, objective=objective, tx=tx, mesh=mesh, micro_batches=micro_batches,
-        chunk_tokens=chunk_tokens, seed=seed,
+        chunk_tokens=chunk_tokens, z_loss=z_loss, diagnose_every=diagnose_every, seed=seed,
     )  # fmt: skip
     return jax.jit(step, donate_argnums=(0,) if donate else ())
 
@@ -144,6 +158,8 @@ def train_step(
     mesh: Mesh | None = None,
     micro_batches: int = 1,
     chunk_tokens: int | None = None,
+    z_loss: float = 0.0,
+    diagnose_every: int | None = None,
     seed: int = 0,
 ) -> tuple[TrainState, Metrics]:
     """Return the state after one optimizer step on `batch`, and the step's metrics (see `make_train_step`)."""
@@ -152,10 +168,12 @@ def train_step(
     # Normalised up front: micro-batches then simply add up, whatever their share of the tokens is.
     full = {**full, "loss_weights": full["loss_weights"] / jnp.maximum(loss_tokens, 1e-9)}
     letters = {role: _model(models, role).letters for role in state.params}
-    options = {"mesh": mesh, "chunk_tokens": chunk_tokens, "step": state.step, "seed": seed}
+    settings = head.Settings(mesh, chunk_tokens=chunk_tokens, z_loss=z_loss, diagnose_every=diagnose_every)
 
     def part_of(micro_batch: dict[str, Array]) -> tuple[Metrics, PyTree]:
-        value_of = lambda params: _weighted_loss(models, objective, params, frozen, micro_batch, **options)
+        value_of = lambda params: _weighted_loss(
+            models, objective, params, frozen, micro_batch, settings=settings, step=state.step, seed=seed
+        )
         (value, metrics), grads = jax.value_and_grad(value_of, has_aux=True)(state.params)
         return {"loss": value, **metrics}, sharding.constrain_params(grads, letters)
 
@@ -196,7 +214,7 @@ def score(
     `curriculum.example_means` turns them into one number per example. Pure; jit it where it is called often.
     """
     full = complete(batch)
-    settings = head.Settings(mesh, model.vocab_size, chunk_tokens)
+    settings = _of_models(head.Settings(mesh, chunk_tokens=chunk_tokens), {"strong": model})
     with sharding.use(mesh):
         hidden_BTD = model.hidden(params, full["tokens"], full["positions"], full["segments"])
         return head.score(model.unembed(params), hidden_BTD, full["targets"], settings)
@@ -226,30 +244,53 @@ def complete(batch: Batch) -> dict[str, Array]:
 
 def _weighted_loss(
     models: Models, objective: Objective, params: Mapping, frozen: Mapping, batch: Mapping[str, Array],
-    *, mesh: Mesh | None, chunk_tokens: int | None, step: Any, seed: int,
+    *, settings: head.Settings, step: Any, seed: int,
 ) -> tuple[Array, Metrics]:  # fmt: skip
     """Return Σ w·ℓ of a batch whose weights are already normalised, and the metrics summed alike."""
-    all_params = {**frozen, **params}
-    check_roles(models, objective, all_params)
-    hiddens = {
-        role: _model(models, role).hidden(all_params[role], batch["tokens"], batch["positions"], batch["segments"])
-        for role in objective.roles
-    }
+    check_roles(models, objective, {**frozen, **params})
+    by_role = {role: _model(models, role) for role in objective.roles}
+    whole = {role: _whole(model, role, {**frozen, **params}) for role, model in by_role.items()}
+
+    def hidden(role: str) -> Array:
+        known = batch.get(f"{role}_hidden")
+        if known is not None:
+            return jax.lax.stop_gradient(known.astype(by_role[role].dtype(whole[role])))
+        h_BTD = by_role[role].hidden(whole[role], batch["tokens"], batch["positions"], batch["segments"])
+        return h_BTD if role in params else jax.lax.stop_gradient(h_BTD)
+
     return head.loss(
         objective,
-        {role: _model(models, role).unembed(all_params[role]) for role in objective.roles},
-        {role: h if role in params else jax.lax.stop_gradient(h) for role, h in hiddens.items()},
+        {role: model.unembed(whole[role]) for role, model in by_role.items()},
+        {role: hidden(role) for role in objective.roles},
         head.Tokens(batch["targets"], batch["loss_weights"], batch["example_index"], batch["positions"]),
         trainable=frozenset(params),
+        frozen_heads=frozenset(role for role, model in by_role.items() if model.lora is not None),
         step=jnp.asarray(step, jnp.int32),
         seed=seed,
-        settings=head.Settings(mesh, _model(models, objective.roles[0]).vocab_size, chunk_tokens),
+        settings=_of_models(settings, by_role),
     )
+
+
+def _whole(model: CausalLM, role: str, params: Mapping[str, PyTree[Array]]) -> PyTree:
+    """Return what the role's model takes for its parameters: its own, the base's, or the base's with its adapter."""
+    if model.lora is not None:
+        return model.adapt(params["base"], params[role])
+    return params[role] if role in params else params["base"]
+
+
+def _of_models(settings: head.Settings, models: Mapping[str, CausalLM]) -> head.Settings:
+    """Return head settings with what the models know: the size of the vocabulary, and soft caps."""
+    softcaps = tuple((role, model.softcap) for role, model in models.items() if model.softcap is not None)
+    first = next(iter(models.values()))
+    return dataclasses.replace(settings, vocab_size=first.vocab_size, softcaps=softcaps)
 
 
 def check_roles(models: Models, objective: Objective, params: Mapping[str, Any]) -> None:
     """Raise ValueError unless every role of the objective has parameters and all share one vocabulary."""
-    missing = [role for role in objective.roles if role not in params]
+    adapted = [role for role in objective.roles if _model(models, role).lora is not None]
+    missing = [role for role in objective.roles if role not in params and (role in adapted or "base" not in params)]
+    if adapted and "base" not in params:
+        raise ValueError(f"{', '.join(adapted)}: an adapter needs the parameters it adapts, as the frozen role 'base'")
     if missing:
         raise ValueError(
             f"{type(objective).__name__} needs the roles {list(objective.roles)}; no parameters for {missing}"
@@ -288,7 +329,7 @@ def _sum_over(f: Callable[[dict[str, Array]], PyTree], batch: dict[str, Array], 
         return jnp.moveaxis(by_shard, 1, 0).reshape(parts, rows // parts, *x.shape[1:])
 
     def add(total: PyTree, part: dict[str, Array]) -> tuple[PyTree, None]:
-        part = {key: sharding.constrain(x, "B T") if x.ndim == 2 else x for key, x in part.items()}
+        part = {key: sharding.constrain(x, "B T D"[: 2 * x.ndim - 1]) for key, x in part.items()}
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, f(part)), None
 
     stacked = jax.tree.map(split, batch)

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, PyTree
 
 from wmss_jax import head, precision, sharding
-from wmss_jax.models import layers, qwen3
+from wmss_jax.models import layers, lora, qwen3
+from wmss_jax.models.lora import Lora
 from wmss_jax.models.table import Row
 
 ARCHS: dict[str, ModuleType] = {"qwen3": qwen3}
@@ -31,6 +32,8 @@ class CausalLM:
         config: that family's `Config`.
         compute_dtype: of activations and matmuls; None computes in the dtype of the parameters.
         remat: what a layer keeps for the backward pass: "none" keeps all, "dots" matmul results, "full" nothing.
+        lora: with it the trained parameters are those of an adapter: `init`, `rows` and all that follows from them are
+            the adapter's, and `hidden` takes what `adapt` makes of base and adapter.
         vocab_size: tokens that exist. Rows beyond it are padding and get no probability; None: every row is a token.
         file_dtypes: (path, dtype) of the checkpoint's tensors, in which `save` writes; no part of equality.
     """
@@ -40,7 +43,12 @@ class CausalLM:
     compute_dtype: str | None = None
     remat: str = "none"
     vocab_size: int | None = None
+    lora: Lora | None = None
     file_dtypes: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.lora is not None:
+            lora.targets(self.lora, self.base.rows)  # says which target is none of this model's
 
     def hidden(
         self,
@@ -93,8 +101,11 @@ class CausalLM:
         return jnp.dtype(self.compute_dtype or params["embed"].dtype)
 
     def unembed(self, params: PyTree[Array]) -> Float[Array, "D V"]:
-        """Return the head's matrix, hidden states to logits; for tied models the embedding, transposed."""
-        return self._merge(params).unembed_matrix()
+        """Return the head's matrix, hidden states to logits; for tied models the embedding, transposed.
+
+        `params` may be those of `head_row` alone.
+        """
+        return params["embed"].T if self.config.tied else params["unembed"]
 
     def logits(
         self,
@@ -106,24 +117,65 @@ class CausalLM:
         """Return float32 logits [B, T, V], whole: for small uses and tests; training never makes this array."""
         hidden_BTD = self.hidden(params, tokens, positions, segments)
         with precision.matmuls_in(hidden_BTD.dtype):
-            return head.logits(hidden_BTD, self.unembed(params), self.vocab_size)
+            return head.logits(hidden_BTD, self.unembed(params), self.vocab_size, self.softcap)
 
     def init(self, key: Array, dtype: str = "float32", mesh: Mesh | None = None) -> PyTree[Array]:
-        """Return random parameters; with a mesh they are born sharded."""
-        make = lambda key: nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=key), jnp.dtype(dtype))))
+        """Return random parameters, of an adapter ones that change nothing; with a mesh they are born sharded."""
+
+        def make(key: Array) -> PyTree[Array]:
+            if self.lora is not None:
+                return self.tree(lora.init(self.lora, self.base.rows, self.sizes, key, jnp.dtype(dtype)))
+            return nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=key), jnp.dtype(dtype))))
+
         return jax.jit(make, out_shardings=self.shardings(mesh))(key)
 
     def abstract(self, dtype: str = "float32", mesh: Mesh | None = None) -> PyTree[jax.ShapeDtypeStruct]:
         """Return the shapes of the parameters and, with a mesh, their shardings."""
         shape = lambda row: jax.ShapeDtypeStruct(
-            row.our_shape(self.config.sizes), jnp.dtype(dtype), sharding=self.sharding(row, mesh)
+            row.our_shape(self.sizes), jnp.dtype(dtype), sharding=self.sharding(row, mesh)
         )
         return self.tree({row.path: shape(row) for row in self.rows})
 
     @property
+    def base(self) -> "CausalLM":
+        """The model without adapter."""
+        return dataclasses.replace(self, lora=None)
+
+    def adapt(self, base: PyTree[Array], adapter: PyTree[Array]) -> PyTree:
+        """Return the parameters that `hidden` and `unembed` take, of those of the base and of its adapter."""
+        return lora.adapt(self._lora, base, adapter)
+
+    def merge(self, base: PyTree[Array], adapter: PyTree[Array], mesh: Mesh | None = None) -> PyTree[Array]:
+        """Return parameters of the base's kind that compute the same without an adapter, but for rounding."""
+        merge = lambda base, adapter: lora.merge(self._lora, self.base.rows, base, adapter)
+        return jax.jit(merge, out_shardings=self.base.shardings(mesh))(base, adapter)
+
+    @property
+    def _lora(self) -> Lora:
+        if self.lora is None:
+            raise ValueError("this model has no adapter: it was made without lora")
+        return self.lora
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The value of every shape letter."""
+        return self.config.sizes if self.lora is None else {**self.config.sizes, "R": self.lora.rank}
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound that logits are squeezed into, cap·tanh(z / cap); None: there is none."""
+        return getattr(self.config, "logit_softcap", None)
+
+    @property
     def rows(self) -> tuple[Row, ...]:
-        """The rows of the family's TABLE that this config has."""
-        return tuple(row for row in ARCHS[self.arch].TABLE if not (row.untied_only and self.config.tied))
+        """The rows of the family's TABLE that this config has; with `lora` those of the adapter."""
+        rows = tuple(row for row in ARCHS[self.arch].TABLE if not (row.untied_only and self.config.tied))
+        return rows if self.lora is None else lora.adapter_rows(self.lora, rows)
+
+    @property
+    def head_row(self) -> Row:
+        """The row of the one parameter that `unembed` needs."""
+        return next(row for row in self.base.rows if row.path == ("embed" if self.config.tied else "unembed"))
 
     @property
     def letters(self) -> PyTree[str]:
@@ -136,7 +188,7 @@ class CausalLM:
 
     def sharding(self, row: Row, mesh: Mesh | None) -> NamedSharding | None:
         """Return the sharding of one parameter on `mesh`; None without one."""
-        return None if mesh is None else sharding.param_sharding(row.letters, row.our_shape(self.config.sizes), mesh)
+        return None if mesh is None else sharding.param_sharding(row.letters, row.our_shape(self.sizes), mesh)
 
     @property
     def vocabulary(self) -> tuple[int, int]:

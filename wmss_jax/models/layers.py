@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from wmss_jax import sharding
 from wmss_jax.attention import attention
+from wmss_jax.models.lora import project
 
 # What a layer keeps for its backward pass: everything, the results of matmuls, or only its input.
 REMAT_POLICIES = {
@@ -117,10 +118,10 @@ class GatedMLP(nnx.Module):
         self.down_proj = matrix(rngs, dtype, std, F, D)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate_proj[...].astype(x_BTD.dtype))
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up_proj[...].astype(x_BTD.dtype))
+        gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_proj[...])
+        up_BTF = project("BTD,DF->BTF", x_BTD, self.up_proj[...])
         inner_BTF = sharding.constrain(jax.nn.silu(gate_BTF) * up_BTF, "B T F")
-        return jnp.einsum("BTF,FD->BTD", inner_BTF, self.down_proj[...].astype(x_BTD.dtype))
+        return project("BTF,FD->BTD", inner_BTF, self.down_proj[...])
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -152,6 +153,6 @@ def scan(
 
 
 __all__ = [
-    "REMAT_POLICIES", "Cache", "GatedMLP", "RMSNorm", "attention", "cached_attention", "matrix", "rotate", "scan",
-    "stack",
+    "REMAT_POLICIES", "Cache", "GatedMLP", "RMSNorm", "attention", "cached_attention", "matrix", "project", "rotate",
+    "scan", "stack",
 ]  # fmt: skip

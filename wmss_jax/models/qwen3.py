@@ -77,10 +77,10 @@ class Attention(nnx.Module):
         segments_BT: Int[Array, "B T"],
         cache: layers.Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], layers.Cache | None]:
-        dtype, theta = x_BTD.dtype, self.config.rope_theta
-        q_BTNH = self.q_norm(jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_proj[...].astype(dtype)))
-        k_BTKH = self.k_norm(jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_proj[...].astype(dtype)))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_proj[...].astype(dtype))
+        theta = self.config.rope_theta
+        q_BTNH = self.q_norm(layers.project("BTD,DNH->BTNH", x_BTD, self.q_proj[...]))
+        k_BTKH = self.k_norm(layers.project("BTD,DKH->BTKH", x_BTD, self.k_proj[...]))
+        v_BTKH = layers.project("BTD,DKH->BTKH", x_BTD, self.v_proj[...])
         out_BTNH, cache = layers.cached_attention(
             layers.rotate(q_BTNH, positions_BT, theta),
             layers.rotate(k_BTKH, positions_BT, theta),
@@ -91,7 +91,7 @@ class Attention(nnx.Module):
             scale=self.config.head_dim**-0.5,
         )
         out_BTNH = sharding.constrain(out_BTNH, "B T N H")
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o_proj[...].astype(dtype)), cache
+        return layers.project("BTNH,NHD->BTD", out_BTNH, self.o_proj[...]), cache
 
 
 class Block(nnx.Module):
@@ -165,10 +165,6 @@ class Model(nnx.Module):
         body = lambda block, x_BTD, cache: block(x_BTD, positions_BT, segments_BT, cache)
         x_BTD, cache = layers.scan(self.layers, x_BTD, body, remat, cache)
         return self.final_norm(x_BTD), cache
-
-    def unembed_matrix(self) -> Float[Array, "D V"]:
-        """Return the matrix that maps hidden states to logits."""
-        return self.unembed[...] if hasattr(self, "unembed") else self.embed[...].T
 
 
 def from_hf(hf: dict) -> Config:

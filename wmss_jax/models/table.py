@@ -36,10 +36,15 @@ class Row:
         """Return the Hugging Face tensors that make up this parameter, in layer order."""
         return [self.name.format(l=layer) for layer in range(sizes["L"])] if self.stacked else [self.name]
 
+    @property
+    def their_axes(self) -> list[str]:
+        """The axes of each Hugging Face tensor, several letters where ours are one of theirs: ["N H", "D"]."""
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.axes.split("->")[0])
+        return [inside or single for inside, single in groups]
+
     def their_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape that each Hugging Face tensor must have."""
-        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.axes.split("->")[0])
-        return tuple(math.prod(sizes[letter] for letter in (inside or single).split()) for inside, single in groups)
+        return tuple(math.prod(sizes[letter] for letter in axis.split()) for axis in self.their_axes)
 
     def our_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape of our parameter, layers stacked."""
