@@ -1,11 +1,17 @@
 """Eight simulated devices for every test; rank promotion is an error; compiled code is not optimised."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # The suite spends its time in the compiler, not in the programs: without LLVM's optimisations it runs 3 times faster.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers have it from the process that started them
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="wmss-tests-")  # a `wmss` process keeps programs here
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import jax
 import numpy as np
@@ -13,6 +19,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", "")  # chosen: none. No recipe switches it on for the tests after it
 
 
 @pytest.fixture(scope="session")

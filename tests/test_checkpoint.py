@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from wmss_jax import checkpoint, digests, hf, sharding
+from wmss_jax import checkpoint, digests, sharding
 from wmss_jax.checkpoint import CheckpointDamaged
 from wmss_jax.step import TrainState
 
@@ -519,90 +518,6 @@ def test_two_processes(tmp_path):
         said = [line for line in out.splitlines() if line.startswith(("steps", "resumed", "refused"))]
         first = rank * 32
         assert said == ["steps [2, 3]", f"resumed 3 {first + 3}.0", f"resumed 2 {first + 1}.0", "refused True"]
-
-
-# -- roles ------------------------------------------------------------------------------------------------------------
-
-
-class Source(NamedTuple):
-    directory: Path
-    model: object
-    params: dict
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A Hugging Face directory in bfloat16 with some tokenizer files, loaded in float32."""
-    model = tiny.model()
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), train_state().params["strong"])
-    hf.save(model, params, tmp_path / "hf")
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        (tmp_path / "hf" / name).write_text(f"this is {name}")
-    (tmp_path / "hf/README.md").write_text("not carried")
-    return Source(tmp_path / "hf", *hf.load(tmp_path / "hf", dtype="float32", compute_dtype="bfloat16", remat="full"))
-
-
-def test_roles_round_trip(source, tmp_path):
-    other = jax.tree.map(lambda x: x + 1, source.params)
-    roles = {"strong": (source.model, source.params), "weak": (source.model, other)}
-    checkpoint.save_roles(tmp_path / "c", roles, {"base": "x"}, assets_from=source.directory)
-    assert checkpoint.read_meta(tmp_path / "c")["base"] == "x"
-    for role, (_, params) in roles.items():
-        model, got = checkpoint.load_role(tmp_path / "c", role)
-        assert model == source.model and model.file_dtypes == source.model.file_dtypes
-        assert_same(got, params)
-    carried = sorted(path.name for path in (tmp_path / "c/assets").iterdir())
-    assert carried == ["chat_template.jinja", "config.json", "tokenizer.json"]
-
-
-def test_from_hugging_face_and_back(source, tmp_path):
-    checkpoint.save_roles(tmp_path / "c", {"strong": (source.model, source.params)}, {}, source.directory)
-    model, params = checkpoint.load_role(tmp_path / "c", "strong")
-    hf.save(model, params, tmp_path / "out", tokenizer_from=tmp_path / "c/assets")
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (source.directory / name).read_bytes()
-
-
-@pytest.mark.parametrize("mesh", [None, "4", "2x2x2"])
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_load_role_of_a_training_checkpoint(tmp_path, mesh, dtype):
-    model, state = tiny.model(), train_state(make_mesh("8"))
-    with checkpoint.Writer(tmp_path) as writer:
-        writer.save(5, state, {"roles": checkpoint.describe({"strong": model})})
-    mesh = None if mesh is None else make_mesh(mesh)
-    loaded, params = checkpoint.load_role(tmp_path / "5", "strong", mesh=mesh, dtype=dtype)
-    assert loaded == model
-    assert_same(params, jax.tree.map(lambda x: x.astype(dtype or x.dtype), state.params["strong"]))
-    if mesh is not None:
-        assert jax.tree.map(lambda x: x.sharding, params) == model.shardings(mesh)
-
-
-def test_load_role_reads_nothing_but_the_role(tmp_path, monkeypatch):
-    state = train_state()
-    checkpoint.save(tmp_path / "c", state, {"roles": checkpoint.describe({"strong": tiny.model()})})
-    read = []
-    construct = checkpoint.ocp.checkpoint_utils.construct_restore_args
-    monkeypatch.setattr(
-        checkpoint.ocp.checkpoint_utils, "construct_restore_args", lambda tree: read.append(tree) or construct(tree)
-    )
-    checkpoint.load_role(tmp_path / "c", "strong")
-    assert jax.tree.structure(read) == jax.tree.structure([{"params": {"strong": state.params["strong"]}}])
-
-
-def test_unknown_role(source, tmp_path):
-    checkpoint.save_roles(tmp_path / "c", {"strong": (source.model, source.params)}, {})
-    with pytest.raises(ValueError, match="no role 'weak'; it has: strong"):
-        checkpoint.load_role(tmp_path / "c", "weak")
-    checkpoint.save(tmp_path / "d", value(1), {})
-    with pytest.raises(ValueError, match="it has: none"):
-        checkpoint.load_role(tmp_path / "d", "strong")
-
-
-def test_role_whose_config_asks_for_other_arrays(tmp_path):
-    tied = checkpoint.describe({"strong": tiny.model(tied=True)})
-    checkpoint.save(tmp_path / "c", {"params": train_state().params}, {"roles": tied})
-    with pytest.raises(ValueError, match=r"only in the checkpoint: params.strong.unembed"):
-        checkpoint.load_role(tmp_path / "c", "strong")
 
 
 def test_sharded_arrays_keep_their_layout(tmp_path):

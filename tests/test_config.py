@@ -18,6 +18,7 @@ from wmss_jax.config import ConfigError, RunConfig, build, digest, json_schema, 
 from wmss_jax.evals.graders import GRADERS
 
 MINIMAL = {"work_dir": "runs/x", "model": {"path": "org/base"}, "dataset": {"train": "train.jsonl"}}
+WEAK_KEYS = "trainable, placement, cache, cache_budget_gb"
 NEW = {"config": "tiny/config.json"}  # a model of random parameters
 
 
@@ -138,9 +139,9 @@ BAD_SECTIONS = [
     ({"sft": {"optimiser": {}}}, "sft.optimiser: unknown key; did you mean 'optimizer'?"),
     ({"pretrain": {"steps": 5}}, "pretrain: only a model of random parameters (model.config) is pre-trained"),
     ({"joint": {"objective": {"lam": 0.5}}}, "joint.objective.name: required key is missing"),
-    ({"joint": {"weak": {"zz": 1}}}, "joint.weak.zz: unknown key; valid: trainable"),
+    ({"joint": {"weak": {"zz": 1}}}, f"joint.weak.zz: unknown key; valid: {WEAK_KEYS}"),
     ({"joint": {"eval_every_steps": 5}}, "joint.eval_every_steps: needs eval.data with held-out examples"),
-    ({"controls": {"a": {"weak": {"zz": 1}}}}, "controls.a.weak.zz: unknown key; valid: trainable"),
+    ({"controls": {"a": {"weak": {"zz": 1}}}}, f"controls.a.weak.zz: unknown key; valid: {WEAK_KEYS}"),
     ({"controls": {"a": {}}}, "controls.a: is the joint stage over again; give objective, weak or resample"),
     ({"controls": {"a/b": {"resample": False}}}, "controls.a/b: not a name: a letter, then letters, digits and _"),
     (
@@ -341,6 +342,11 @@ def sections(draw, model):
     if model is config.ObjectiveConfig:
         scalars = st.one_of(st.none(), st.booleans(), st.integers(), TEXTS)
         drawn |= draw(st.dictionaries(st.sampled_from(["lam", "tau"]), scalars))
+    if model is config.WeakConfig:
+        resident = {"placement": "resident", "cache": None, "cache_budget_gb": None}
+        drawn |= draw(st.sampled_from([{"placement": "cached", "trainable": False}, resident]))
+    if model is config.ExportConfig:
+        drawn["format"] = "model"
     if model is config.DatasetConfig and drawn.get("system_prompt") is not None:
         drawn["chat_template"] = True
     if model is config.ControlConfig:
@@ -354,6 +360,8 @@ def sections(draw, model):
         drawn.setdefault("train", {})["micro_batches"] = drawn["dataset"].get("batch_size", 256)
         if drawn["model"].get("config") is None:
             drawn["pretrain"] = None
+        if drawn.get("joint", {}).get("weak", {}).get("cache") is not None:
+            drawn["rounds"] = 1
         if "ema_decay" in json.dumps(drawn):  # the two together are refused
             drawn["eval"]["keep_best"] = False
     return drawn

@@ -16,7 +16,7 @@ import recipes
 import tiny
 
 import wmss_jax as wmss
-from wmss_jax import checkpoint, cli, export, generate, objectives, pipeline, scoring, selection, train
+from wmss_jax import checkpoint, cli, export, generate, objectives, pipeline, roles, scoring, selection, train
 from wmss_jax.evals import tasks
 from wmss_jax.stages import ModelRef
 
@@ -342,7 +342,7 @@ def test_the_second_round_starts_from_m1_and_m2(finished, monkeypatch):
     roles = record("joint-2")["inputs"]["roles"]
     assert roles == {role: ModelRef(path, "strong").digest for role, path in {"strong": m2, "weak": m1}.items()}
     for found, directory in ((jobs[0].trained()["strong"], m2), (jobs[0].frozen()["weak"], m1)):
-        expected = checkpoint.load_role(directory, "strong")[1]
+        expected = roles.load(directory, "strong")[1]
         jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert list(summary["models"]) == ["M0", "M1", "joint", "joint-2"]
     assert list(summary["curriculum"]) == ["round 1", "round 2"]
@@ -474,8 +474,8 @@ def test_calibration_multiplies_the_logits_by_lambda(finished, monkeypatch, tmp_
     """Greedy answers stay what they were; with a schedule it is the λ of the last step."""
     model = tiny.model(tied=tied, vocab_size=280)
     with checkpoint.Writer(tmp_path / "joint") as writer:
-        meta = {"roles": checkpoint.describe({"strong": model})}
-        writer.save(6, {"params": {"strong": tiny.params(model)}}, meta, None, checkpoint.asset_files("run/assets"))
+        meta = {"roles": roles.describe({"strong": model})}
+        writer.save(6, {"params": {"strong": tiny.params(model)}}, meta, None, roles.asset_files("run/assets"))
     ref = ModelRef(tmp_path / "joint/6", "strong")
     exported = {}
     for calibrate, lam in {"none": 0.25, "lambda": 0.25, "schedule": objectives.Linear(0.0, 0.5, 12)}.items():

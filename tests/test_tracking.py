@@ -83,6 +83,13 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert len(track(tmp_path, range(1, 11), plain_every_s=0).splitlines()) == 10
 
 
+def test_utilisation_is_shown_where_it_is_known(tmp_path):
+    console = plain()
+    with Tracker(tmp_path, 10, console=console) as tracker:
+        tracker.log(1, {"loss": 1.0, "tokens_per_s": 10.0, "mfu": 0.4123})
+    assert console.file.getvalue() == "step 1/10  loss 1.0000  10 tokens/s  41.2% of peak\n"
+
+
 def test_eta_goes_by_the_pace_since_the_first_step(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

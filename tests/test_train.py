@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import time
+import warnings
 from typing import ClassVar
 
 import jax
@@ -14,7 +16,7 @@ import pytest
 import recipes
 import tiny
 
-from wmss_jax import checkpoint, config, epochs, hf, objectives, optim, runs, step, train
+from wmss_jax import checkpoint, config, epochs, flops, hf, objectives, optim, roles, runs, step, train
 
 TOTAL = 6
 ADAM = config.OptimizerConfig(peak_lr=3e-3, warmup_fraction=0.4, schedule="cosine", weight_decay=0.1)
@@ -123,10 +125,16 @@ def assert_same(got, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), got, wanted)
 
 
+TIMES = {"time", "tokens_per_s", "step_time_s", "loader_wait_s", "model_tflops_per_s", "mfu"}
+
+
+def lines(job):
+    return [json.loads(line) for line in (job.directory / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(job):
     """(step, its metrics) of every line, without those that depend on the time."""
-    lines = [json.loads(line) for line in (job.directory / "metrics.jsonl").read_text().splitlines()]
-    return [(line.pop("step"), {k: v for k, v in line.items() if k not in ("time", "tokens_per_s")}) for line in lines]
+    return [(line.pop("step"), {k: v for k, v in line.items() if k not in TIMES}) for line in lines(job)]
 
 
 def steps_of(job):
@@ -170,8 +178,8 @@ def test_stopping_and_going_on_is_bitwise_the_same(undisturbed, run, tmp_path, m
         directory = job.directory / "checkpoints" / number
         assert_same(state_of(job, directory), state_of(whole, whole.directory / "checkpoints" / number))
     assert metrics(job) == metrics(whole)
-    lines = [(number, *values) for number, values in metrics(job)]
-    assert len(lines) == len(set(lines))
+    told = [(number, *values) for number, values in metrics(job)]
+    assert len(told) == len(set(told))
 
 
 def test_a_finished_stage_is_not_trained_again(undisturbed, monkeypatch):
@@ -210,7 +218,7 @@ def test_held_out_loss_is_the_mean_over_all_completion_tokens(undisturbed, run):
     job, _ = undisturbed("joint")
     model, measured = job.models["strong"], {n: v["held_out_loss"] for n, v in metrics(job) if "held_out_loss" in v}
     assert list(measured) == [3, TOTAL]
-    _, params = checkpoint.load_role(job.directory / f"checkpoints/{TOTAL}", "strong")
+    _, params = roles.load(job.directory / f"checkpoints/{TOTAL}", "strong")
     assert measured[TOTAL] == pytest.approx(direct_loss(model, params, run.held_out), rel=1e-5)
 
 
@@ -232,19 +240,19 @@ def test_keep_best_returns_the_checkpoint_with_the_lowest_held_out_loss(undistur
     lowest = min(measured, key=measured.get)
     assert lowest < 10, "the rate is too low for this test"
     assert result.name == str(lowest) and steps_of(job) == [lowest, 8, 10]
-    _, params = checkpoint.load_role(result, "strong")
+    _, params = roles.load(result, "strong")
     assert measured[lowest] == pytest.approx(direct_loss(job.models["strong"], params, run.held_out), rel=1e-5)
 
 
 def test_ema_ships_the_average_of_the_parameters(undisturbed):
     job, result = undisturbed("ema")
     whole, _ = undisturbed("plain")  # the same steps: an average changes none
-    model, _ = checkpoint.load_role(result, "strong")
+    model, _ = roles.load(result, "strong")
     mean = jax.tree.map(np.asarray, tiny.params(model, 0))
     for number in range(1, TOTAL + 1):
-        _, params = checkpoint.load_role(whole.directory / f"checkpoints/{number}", "strong")
+        _, params = roles.load(whole.directory / f"checkpoints/{number}", "strong")
         mean = jax.tree.map(lambda m, p: 0.6 * m + 0.4 * np.asarray(p), mean, params)
-    shipped = checkpoint.load_role(result, "strong")[1]
+    shipped = roles.load(result, "strong")[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), shipped, mean)
     assert_same(shipped, optax.tree.get(state_of(job, result).opt_state, "average")["strong"])
     middle = state_of(job, job.directory / "checkpoints/4")  # from which training goes on: no average
@@ -285,10 +293,85 @@ def test_a_loss_that_is_not_finite_names_step_and_examples(run, tmp_path, gradie
 
 
 def test_a_held_out_loss_that_is_not_finite_stops_too(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_held_out_loss", lambda job: lambda params: float("nan"))
+    monkeypatch.setattr(train, "_held_out_loss", lambda *_: lambda params: float("nan"))
     job = make_job(
         run, tmp_path / "nan", held_out=held_out(run, every_steps=2, keep_best=True), objective=Spoiled(9, False)
     )
     with pytest.raises(train.NonFiniteLoss, match="held-out loss after step 2 is nan"):
         train.train(job)
     assert steps_of(job) == []
+
+
+# -- how fast it was, and where the time went -------------------------------------------------------------------------
+
+
+def test_speed_is_model_flops_of_real_tokens(undisturbed, run, tmp_path, monkeypatch):
+    """Of a stage with a frozen weak agent, every second step logged, on a device with a known peak."""
+    assert "mfu" not in lines(undisturbed("plain")[0])[0]  # a CPU's peak is not known
+    monkeypatch.setattr(train.hardware, "peak_flops", lambda device: 1e12)
+    loop = run.recipe.train.model_copy(update={"log_every_steps": 2})
+    job = make_job(run, tmp_path / "speed", objective=objectives.LogitMix(0.5), loop=loop)
+    train.train(job)
+    forward = flops.forward(job.models["strong"], seq_len=32)
+    per_token = flops.step([(forward, "trained"), (forward, "resident")])
+    tokens = {
+        n: sum(job.dataset.lengths[list(row)].sum() for row in job.plan.rows_of(n - 1)) for n in range(1, TOTAL + 1)
+    }
+    told = {line["step"]: line for line in lines(job)}
+    assert list(told) == [1, 2, 4, 6]
+    for number, before in [(1, 0), (2, 1), (4, 2), (6, 4)]:
+        line, steps = told[number], number - before
+        seen = sum(tokens[n] for n in range(before + 1, number + 1))
+        assert line["tokens_per_s"] == pytest.approx(seen / (steps * line["step_time_s"]))
+        assert line["model_tflops_per_s"] == pytest.approx(line["tokens_per_s"] * per_token / 1e12)
+        assert line["mfu"] == pytest.approx(line["model_tflops_per_s"])
+        assert line["loader_wait_s"] > 0
+
+
+def test_step_time_has_the_waiting_for_batches_in_it_but_no_evaluation_and_no_checkpoint(run, tmp_path, monkeypatch):
+    batches, save = train.data.batches, train.checkpoint.Writer.save
+
+    def slow_batches(*arguments, **settings):
+        for batch in batches(*arguments, **settings):
+            time.sleep(0.3)
+            yield batch
+
+    def slow_save(*arguments):
+        time.sleep(1)
+        save(*arguments)
+
+    monkeypatch.setattr(train, "_held_out_loss", lambda *_: lambda params: time.sleep(1) or 1.0)
+    monkeypatch.setattr(train.data, "batches", slow_batches)
+    monkeypatch.setattr(train.checkpoint.Writer, "save", slow_save)
+    job = make_job(run, tmp_path / "slow", held_out=held_out(run, every_steps=2))
+    train.train(job)
+    told = [line for line in lines(job) if "step_time_s" in line][1:]  # the first compiles
+    assert [line["step"] for line in told] == [2, 3, 4, 5, 6]
+    assert all(0.3 <= line["loader_wait_s"] <= line["step_time_s"] < 1 for line in told)
+
+
+def test_profile_traces_steps_and_changes_none(undisturbed, run, tmp_path):
+    whole, _ = undisturbed("plain")
+    loop = whole.loop.model_copy(update={"profile": 2})
+    job = make_job(run, tmp_path / "traced", loop=loop)
+    train.train(job)
+    assert metrics(job) == metrics(whole)
+    (file,) = (job.directory / "profile").rglob("*.xplane.pb")
+    assert traced(file) == [3, 4]
+
+
+def test_profile_is_written_where_the_loop_ends_early(run, tmp_path):
+    loop = run.recipe.train.model_copy(update={"profile": 99})
+    job = make_job(run, tmp_path / "nan", objective=Spoiled(3, False), loop=loop)
+    with pytest.raises(train.NonFiniteLoss):
+        train.train(job)
+    (file,) = (job.directory / "profile").rglob("*.xplane.pb")
+    assert traced(file) == [3, 4]
+
+
+def traced(file):
+    """The steps in a trace."""
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of its reader's own types
+        trace = jax.profiler.ProfileData.from_file(str(file))
+        events = (event for plane in trace.planes for line in plane.lines for event in line.events)
+        return sorted(dict(event.stats)["step_num"] for event in events if event.name == "train")

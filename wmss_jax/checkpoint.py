@@ -26,15 +26,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import digests, hf
+from wmss_jax import digests
 from wmss_jax.digests import DIGESTS, CheckpointDamaged, Level, verify
-from wmss_jax.models import ARCHS, CausalLM
 
 FORMAT = 1
-STATE, META, ASSETS = "state", "meta.json", "assets"
+STATE, META = "state", "meta.json"
 
 _LIBRARIES = ("wmss-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _TIMEOUT_S = 3600  # for one checkpoint to be on disk
@@ -227,74 +225,6 @@ def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
     return meta
 
 
-def describe(models: Mapping[str, CausalLM]) -> dict[str, Any]:
-    """Return {role: what `load_role` makes its model of}; put it into `meta` as "roles"."""
-    return {
-        role: {
-            "arch": model.arch,
-            "config": ARCHS[model.arch].to_hf(model.config),
-            "compute_dtype": model.compute_dtype,
-            "remat": model.remat,
-            "vocab_size": model.vocab_size,
-            "file_dtypes": dict(model.file_dtypes),
-        }
-        for role, model in models.items()
-    }
-
-
-def asset_files(source: str | os.PathLike) -> dict[str, Path]:
-    """Return `files` with what makes a Hugging Face directory or hub id usable besides its weights.
-
-    They come to lie in `<checkpoint>/assets`, which serves `hf.save` as `tokenizer_from`.
-    """
-    directory = hf.resolve(source)
-    present = [name for name in ("config.json", *hf.CARRIED) if (directory / name).exists()]
-    return {f"{ASSETS}/{name}": directory / name for name in present}
-
-
-def save_roles(
-    directory: str | os.PathLike,
-    roles: Mapping[str, tuple[CausalLM, PyTree[Array]]],
-    meta: Mapping[str, Any],
-    assets_from: str | os.PathLike | None = None,
-) -> None:
-    """Write a checkpoint of parameters alone, {role: (model, params)}, laid out like one of training; see `save`."""
-    tree = {"params": {role: params for role, (_, params) in roles.items()}}
-    meta = {**meta, "roles": describe({role: model for role, (model, _) in roles.items()})}
-    save(directory, tree, meta, {} if assets_from is None else asset_files(assets_from))
-
-
-def models(directory: str | os.PathLike) -> dict[str, CausalLM]:
-    """Return the models of a checkpoint's roles, without parameters."""
-    found = {}
-    for role, said in read_meta(directory).get("roles", {}).items():
-        config = ARCHS[said["arch"]].from_hf(said["config"])
-        found[role] = CausalLM(**{**said, "config": config, "file_dtypes": tuple(said["file_dtypes"].items())})
-    return found
-
-
-def load_role(
-    directory: str | os.PathLike, role: str, mesh: Mesh | None = None, dtype: str | None = None, verify: Level = "full"
-) -> tuple[CausalLM, PyTree[Array]]:
-    """Return model and parameters of one role, of a training checkpoint too: its optimizer state is not restored.
-
-    Args:
-        mesh, dtype: as for `hf.load`; default: the default device, and the dtype in the checkpoint.
-        verify: what is checked first, of the whole checkpoint; see `verify`.
-
-    Raises:
-        CheckpointDamaged: it is not what was written.
-        ValueError: it has no such role, or not the arrays that the role's config asks for.
-    """
-    _verify(directory, verify)
-    found = models(directory)
-    if role not in found:
-        raise ValueError(f"{directory}: has no role {role!r}; it has: {', '.join(sorted(found)) or 'none'}")
-    model = found[role]
-    params = model.abstract(mesh=mesh)
-    return model, _read(directory, {"params": {role: params}}, role, dtype)["params"][role]
-
-
 def _orbax() -> ocp.AsyncCheckpointer:
     # Directories are made in the foreground, which costs nothing: "permission denied" is raised where it belongs.
     options = ocp.AsyncOptions(timeout_secs=_TIMEOUT_S, create_directories_asynchronously=False)
@@ -367,21 +297,28 @@ def _meta_text(meta: Mapping[str, Any], step: int | None = None, metric: float |
     return json.dumps({**own, **meta}, indent=1, allow_nan=False) + "\n"
 
 
-def _read(directory: str | os.PathLike, tree: PyTree, role: str | None = None, dtype: str | None = None) -> PyTree:
-    """Return what is stored of `tree`: all of it, or the parameters of one role cast to `dtype` (None: as stored)."""
+def read_part(directory: str | os.PathLike, tree: PyTree, prefix: tuple[str, ...], dtype: str | None = None) -> PyTree:
+    """Return the arrays whose path begins with `prefix`, cast to `dtype` (None: as stored); see `restore`.
+
+    Args:
+        tree: shapes and shardings of all arrays there, and nothing else.
+    """
+    return _read(directory, tree, prefix, dtype)
+
+
+def _read(directory: str | os.PathLike, tree: PyTree, prefix: tuple = (), dtype: str | None = None) -> PyTree:
     state = Path(directory).absolute() / STATE
     with contextlib.closing(_orbax()) as orbax:
         stored = ocp.tree.to_flat_dict(orbax.metadata(state).item_metadata.tree)  # pyright: ignore
-        if role is not None:
-            stored = {name: leaf for name, leaf in stored.items() if name[:2] == ("params", role)}
+        stored = {name: leaf for name, leaf in stored.items() if name[: len(prefix)] == prefix}
         wanted = ocp.tree.to_flat_dict(tree)
-        _check_match(directory, stored, wanted, dtypes=role is None)
-        if role is not None:
+        _check_match(directory, stored, wanted, dtypes=not prefix)
+        if prefix:
             typed = {name: leaf.update(dtype=jnp.dtype(dtype or stored[name].dtype)) for name, leaf in wanted.items()}
             tree = ocp.tree.from_flat_dict(typed)
         tree = jax.tree.map(_placed, tree)
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
-        args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=role is not None)
+        args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=bool(prefix))
         return orbax.restore(state, args=args)
 
 

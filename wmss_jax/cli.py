@@ -85,11 +85,14 @@ def score(
     recipe: Recipe,
     out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
     overrides: Overrides = None,
+    cache_hidden: Annotated[
+        Path | None, typer.Option(help="Write the model's final hidden states here, for joint.weak.cache.")
+    ] = None,
 ) -> None:
     """Score the recipe's training examples under any model: entropy, nll, margin and token count of each."""
     from wmss_jax import config, pipeline
 
-    pipeline.score_model(config.load(recipe, overrides or ()), model, out)
+    pipeline.score_model(config.load(recipe, overrides or ()), model, out, cache_hidden, say=typer.echo)
     typer.echo(f"wrote {out}")
 
 

@@ -236,6 +236,20 @@ class MeshConfig(_Section):
         return self
 
 
+class LoraConfig(_Section):
+    """Train low-rank adapters (arXiv 2106.09685) instead of all parameters, in every stage but `pretrain`.
+
+    The base's weights are there once and serve both roles: the weak agent M0 is the base without adapter.
+    """
+
+    rank: PositiveInt = 16
+    """Width of the adapters."""
+    alpha: PositiveFloat = 32.0
+    """An adapter's product is multiplied by alpha / rank."""
+    targets: Literal["all"] | tuple[Text, ...] = "all"
+    """Names of the matrices with adapters, as PEFT matches them: [q_proj, v_proj]; all: every matrix of the layers."""
+
+
 class OptimizerConfig(_Section):
     """AdamW and its learning-rate schedule, made anew for every training stage."""
 
@@ -279,7 +293,12 @@ class TrainConfig(_Section):
     """Parts in which a batch is computed, one after the other, to save memory; divides `dataset.batch_size`.
     Code: 32."""
     head_chunk_tokens: PositiveInt | None = None
-    """Tokens whose logits exist at once on a device; null: chosen from the vocabulary's size."""
+    """Tokens whose logits exist at once on a device; null: as many as 256 MiB of logits hold."""
+    z_loss: NonNegativeFloat = 0.0
+    """Factor on log²Σexp(z) of the trained roles' logits, added to the loss (arXiv 2204.02311). v1, v2 and code: 0."""
+    diagnose_every_steps: PositiveInt | None = 100
+    """Optimizer steps between two that measure the mechanism: entropies, margins, gradient on wrong tokens; null:
+    none."""
     log_every_steps: PositiveInt = 10
     """Optimizer steps between two lines of metrics."""
     checkpoint_every_steps: PositiveInt = 100
@@ -290,6 +309,8 @@ class TrainConfig(_Section):
     """What is checked of a checkpoint before it is read: the checksum of every file, or its size only."""
     tensorboard: bool = False
     """Write TensorBoard event files besides metrics.jsonl."""
+    profile: PositiveInt | None = None
+    """Optimizer steps traced by JAX's profiler into <stage>/profile, from the third of a process on; null: none."""
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
@@ -379,6 +400,22 @@ class WeakConfig(_Section):
     trainable: bool = False
     """Train the weak branch too and drop it afterwards. v1: false; v2 and code: true, and v2's Table 3 has it ahead of
     the frozen one by 5.6 (MATH500) and 0.3 (GSM8K) points."""
+    placement: Literal["resident", "cached"] = "resident"
+    """resident: the weak model runs in every step. cached: its final hidden states are written to disk once, 2 bytes
+    times the model's width a token, by the pass that scores it, and read beside the tokens; its layers are never
+    loaded."""
+    cache: Text | None = None
+    """Directory that `wmss score --cache-hidden` wrote; null: one in the work directory, made when it is needed."""
+    cache_budget_gb: PositiveFloat | None = None
+    """Most disk space, in 10⁹ bytes, that a cache may take; null: what is free."""
+
+    @pydantic.model_validator(mode="after")
+    def _what_can_be_cached(self) -> "WeakConfig":
+        if self.placement == "cached" and self.trainable:
+            raise ValueError("placement: cached needs a weak agent that stays as it is; set trainable to false")
+        if self.placement == "resident" and (self.cache or self.cache_budget_gb):
+            raise ValueError(f"{'cache' if self.cache else 'cache_budget_gb'} is for placement: cached")
+        return self
 
 
 class JointConfig(StageConfig):
@@ -471,6 +508,9 @@ class ExportConfig(_Section):
     calibrate: Literal["none", "lambda"] = "none"
     """lambda: fold the objective's lam into the final norm, because a branch trained under mixed logits is by itself
     overconfident by 1/lam: sampling becomes calibrated, greedy decoding stays as it is. v1, v2 and code: none."""
+    format: Literal["model", "adapter"] = "model"
+    """model: a whole model, adapters merged into it. adapter: with `lora`, the adapter alone, as PEFT loads it onto
+    `model.path`."""
 
 
 class RunConfig(_Section):
@@ -490,6 +530,8 @@ class RunConfig(_Section):
     """How the devices are arranged."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning rate."""
+    lora: LoraConfig | None = None
+    """Train adapters only; null (v1, v2, code): all parameters."""
     train: TrainConfig = TrainConfig()
     """Memory, rhythm and checkpoints of training."""
     pretrain: PretrainConfig | None = None
@@ -525,6 +567,13 @@ class RunConfig(_Section):
         if self.pretrain is not None and self.model.config is None:
             raise ValueError("pretrain: only a model of random parameters (model.config) is pre-trained")
         stages = [stage for stage in (self.pretrain, self.sft, self.joint) if stage is not None]
+        if self.export.format == "adapter":
+            if self.lora is None or self.model.path is None:
+                raise ValueError("export.format: adapter needs lora, and model.path for others to load it onto")
+            if self.export.calibrate != "none":
+                raise ValueError("export.calibrate: lambda changes the final norm, which an adapter does not hold")
+        if self.joint.weak.cache and self.rounds > 1:
+            raise ValueError("joint.weak.cache: is of one weak agent, and rounds > 1 have several; leave it out")
         optimizers = [self.optimizer, *(stage.optimizer for stage in stages if stage.optimizer)]
         if self.eval.keep_best and any(optimizer.ema_decay for optimizer in optimizers):
             raise ValueError(

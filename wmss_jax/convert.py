@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from wmss_jax import checkpoint, hf, tensorfile
+from wmss_jax import hf, roles, tensorfile
+from wmss_jax.stages import ModelRef
 
 
 def import_(source: str | os.PathLike, out: str | os.PathLike, dtype: str | None = None) -> None:
@@ -27,21 +28,23 @@ def import_(source: str | os.PathLike, out: str | os.PathLike, dtype: str | None
     directory = hf.resolve(source)
     if hf.is_two_branch(directory):
         model, branches, lam = hf.load_branches(directory, dtype=dtype)
-        roles, meta = {role: (model, params) for role, params in branches.items()}, {"lam": lam}
+        found, meta = {role: (model, params) for role, params in branches.items()}, {"lam": lam}
     else:
-        roles, meta = {"strong": hf.load(directory, dtype=dtype)}, {}
-    checkpoint.save_roles(out, roles, {"source": str(source), **meta}, assets_from=directory)
+        found, meta = {"strong": hf.load(directory, dtype=dtype)}, {}
+    roles.save(out, found, {"source": str(source), **meta}, assets_from=directory)
 
 
 def export(source: str | os.PathLike, out: str | os.PathLike, role: str = "strong") -> None:
     """Write one role of the checkpoint `source`, imported or trained, as a Hugging Face directory `out`.
 
+    An adapter is merged into its base.
+
     Raises:
         FileExistsError: `out` holds something.
         ValueError: the checkpoint is damaged or has no such role.
     """
-    model, params = checkpoint.load_role(source, role)
-    assets = Path(source) / "assets"
+    model, params = ModelRef(Path(source), role).load(None)
+    assets = Path(source) / roles.ASSETS
     hf.save(model, params, out, tokenizer_from=assets if assets.is_dir() else None)
 
 

@@ -10,11 +10,12 @@ The position in the data is the step number: plan and batches are pure functions
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -215,22 +216,49 @@ def _open(entry: Path, prefixes: Sequence[str]) -> Dataset:
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
+Hidden = Callable[[Sequence[int]], list[np.ndarray]]  # examples -> their hidden states, bfloat16 [length, D] each
+
+
 def batch(
-    dataset: Dataset, plan: Plan, step: int, *, loss_on: str = "completion", host: int = 0, hosts: int = 1
-) -> dict[str, Shaped[np.ndarray, "B T"]]:
+    dataset: Dataset,
+    plan: Plan,
+    step: int,
+    *,
+    loss_on: str = "completion",
+    weak_hidden: Hidden | None = None,
+    host: int = 0,
+    hosts: int = 1,
+) -> dict[str, Shaped[np.ndarray, "B T ..."]]:
     """Return one step's batch, or a host's slice of it, as `packing.layout` lays rows out.
 
     Host h of H has rows h·B/H to (h + 1)·B/H of the step's B: `tokens, targets, segments, positions, example_index`
-    int32[B/H, seq_len] and `loss_weights` float32[B/H, seq_len].
+    int32[B/H, seq_len] and `loss_weights` float32[B/H, seq_len]; with `weak_hidden`, what that gives for the examples
+    lies beside their tokens under the same name, bfloat16[B/H, seq_len, D], and zeros beside padding.
     """
     share = plan.batch_size // hosts
+    rows = plan.rows_of(step)[host * share : (host + 1) * share]
     laid_out = [
         packing.layout(
             [dataset.tokens(i) for i in row], [dataset.mask(i, loss_on) for i in row], row.tolist(), plan.seq_len
         )
-        for row in plan.rows_of(step)[host * share : (host + 1) * share]
+        for row in rows
     ]
-    return {name: np.stack([row[name] for row in laid_out]) for name in laid_out[0]}
+    made = {name: np.stack([row[name] for row in laid_out]) for name in laid_out[0]}
+    return made if weak_hidden is None else {**made, "weak_hidden": _hidden_rows(rows, weak_hidden, plan.seq_len)}
+
+
+def _hidden_rows(rows: Sequence[np.ndarray], read: Hidden, seq_len: int) -> np.ndarray:
+    """Return hidden states laid out as `packing.layout` lays out the tokens of the rows' examples."""
+    found = read([int(index) for row in rows for index in row])  # of all rows at once: the disk works in parallel
+    like = (found or read([0]))[0]
+    out = np.zeros((len(rows), seq_len, like.shape[1]), like.dtype)
+    remaining = iter(found)
+    for place, row in zip(out, rows, strict=True):
+        end = 0
+        for hidden in itertools.islice(remaining, len(row)):
+            place[end : end + len(hidden)] = hidden
+            end += len(hidden)
+    return out
 
 
 def batches(
@@ -239,11 +267,12 @@ def batches(
     *,
     start_step: int = 0,
     loss_on: str = "completion",
+    weak_hidden: Hidden | None = None,
     host: int = 0,
     hosts: int = 1,
     threads: int = 4,
     prefetch: int = 4,
-) -> Iterator[dict[str, Shaped[np.ndarray, "B T"]]]:
+) -> Iterator[dict[str, Shaped[np.ndarray, "B T ..."]]]:
     """Return the batches of steps `start_step` to the plan's last, read ahead by Grain; see `batch`.
 
     Args:
@@ -259,7 +288,7 @@ def batches(
     if not 0 <= host < hosts or plan.batch_size % hosts:
         raise ValueError(f"host {host} of {hosts} cannot take a slice of batch_size = {plan.batch_size} rows")
     encoding.loss_mask(np.zeros(1, bool), loss_on)  # says what is wrong before a thread does
-    make = functools.partial(batch, dataset, plan, loss_on=loss_on, host=host, hosts=hosts)
+    make = functools.partial(batch, dataset, plan, loss_on=loss_on, weak_hidden=weak_hidden, host=host, hosts=hosts)
     return _read(make, range(start_step, plan.total_steps), threads, prefetch)
 
 

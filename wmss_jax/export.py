@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, hf, objectives, stages
+from wmss_jax import checkpoint, hf, objectives, peft, stages
 from wmss_jax.runs import Run
 from wmss_jax.stages import ModelRef
 
@@ -21,12 +21,19 @@ def check(calibrate: str, objective: objectives.Objective) -> None:
 
 
 def export(run: Run, ref: ModelRef, objective: objectives.Objective) -> str:
-    """Write the shipped model as a Hugging Face directory and return where it lies."""
+    """Write the shipped model as a Hugging Face directory, or its adapter as PEFT's, and return where it lies."""
     calibrate, out = run.recipe.export.calibrate, run.work / "export"
     check(calibrate, objective)
     lam = getattr(objective, "lam", None)
 
-    def work() -> dict[str, Any]:
+    def write_adapter() -> dict[str, Any]:
+        stages.clear_partial(out)
+        if not out.exists():
+            model, adapter = ref.load_stored(run.mesh)
+            peft.save(model, adapter, out, base=str(run.recipe.model.path), tokenizer_from=ref.assets)
+        return {"export": str(out)}
+
+    def write_model() -> dict[str, Any]:
         stages.clear_partial(out)
         model, params = ref.load(run.mesh)
         if lam is not None and calibrate == "lambda":
@@ -36,7 +43,10 @@ def export(run: Run, ref: ModelRef, objective: objectives.Objective) -> str:
             hf.save(model, params, out, tokenizer_from=ref.assets)
         return {"export": str(out)}
 
-    return run.stage("export", {"model": ref.digest, "calibrate": calibrate, "lam": repr(lam)}, work, out)["export"]
+    inputs = {"model": ref.digest, "calibrate": calibrate, "lam": repr(lam)}
+    if run.recipe.export.format == "adapter":
+        return run.stage("export", {**inputs, "format": "adapter"}, write_adapter, out)["export"]
+    return run.stage("export", inputs, write_model, out)["export"]
 
 
 def scale_logits(params: PyTree[Array], factor: float) -> PyTree[Array]:

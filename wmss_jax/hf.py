@@ -65,6 +65,16 @@ def model_of(path_or_hub_id: str | os.PathLike, **settings: Any) -> CausalLM:
     return _with_file_dtypes(from_config(read_config(directory), **settings), tensorfile.tensors(directory))
 
 
+def load_head(path_or_hub_id: str | os.PathLike, mesh: Mesh | None = None) -> PyTree[Array]:
+    """Return the parameters that `CausalLM.unembed` needs, in the file's dtype; nothing else is read."""
+    directory = resolve(path_or_hub_id)
+    model, tensors = from_config(read_config(directory)), tensorfile.tensors(directory)
+    _check_names_and_shapes(model, directory, tensors)
+    row = model.head_row
+    dtype = jnp.dtype(dict(_with_file_dtypes(model, tensors).file_dtypes)[row.path])
+    return model.tree({row.path: _read_leaf(row, [tensors[row.name]], model.sizes, dtype, model.sharding(row, mesh))})
+
+
 def load_branches(
     path_or_hub_id: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None
 ) -> tuple[CausalLM, dict[str, PyTree[Array]], float]:

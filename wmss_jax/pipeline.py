@@ -24,10 +24,23 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from wmss_jax import checkpoint, config, epochs, export, hf, inspection, objectives, scoring, selection, train
+from wmss_jax import (
+    agents,
+    config,
+    epochs,
+    export,
+    hf,
+    inspection,
+    objectives,
+    roles,
+    scoring,
+    selection,
+    train,
+)  # fmt: skip
 from wmss_jax.evals.tasks import evaluate_all, read_tasks
 from wmss_jax.runs import Run, prepare
 from wmss_jax.stages import ModelRef
+from wmss_jax.weak_cache import WeakCache
 
 
 def run(recipe: config.RunConfig, until: str | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -67,12 +80,13 @@ def _run(
     for number in range(1, rounds + 1):
         weak, strong = lineage[-2:]
         wanted = [name for name in arms if name == "joint" or (number == 1 and until in (None, name))]
+        hidden = {name: _hidden_states(run, recipe.arms()[name], arms[name], weak) for name in wanted}
         probs = None
         if any(recipe.arms()[name].resample for name in wanted):
             probs, report = selection.curriculum_of(run, number, weak, strong)
             summary["curriculum"][f"round {number}"] = report
         for name in wanted:
-            finals[_nth(name, number)] = _arm(run, number, name, arms[name], weak, strong, probs)
+            finals[_nth(name, number)] = _arm(run, number, name, arms[name], weak, strong, probs, hidden[name])
         lineage.append(finals[_nth("joint", number)])
     summary["models"] = {name: str(ref.directory) for name, ref in finals.items()}
     if until is None:
@@ -97,7 +111,7 @@ def _base(run: Run) -> ModelRef:
     def init() -> dict[str, Any]:
         if not directory.exists():
             params = model.init(jax.random.key(run.recipe.seed), m.param_dtype, run.mesh)
-            checkpoint.save_roles(directory, {"strong": (model, params)}, {}, run.work / "assets")
+            roles.save(directory, {"strong": (model, params)}, {}, run.work / "assets")
         return {}
 
     run.stage("init", {"config": str(model.config), "seed": run.recipe.seed, "dtype": m.param_dtype}, init, directory)
@@ -125,6 +139,7 @@ def _arm(
     weak: ModelRef,
     strong: ModelRef,
     probs: np.ndarray | None,
+    weak_hidden: Callable[[], WeakCache] | None,
 ) -> ModelRef:
     """Return what the joint stage, or one of its controls, makes of M_t with the weak agent M_{t-1}."""
     arm, joint = run.recipe.arms()[name], run.recipe.joint
@@ -139,16 +154,37 @@ def _arm(
         assert probs is not None
         c = run.recipe.curriculum
         extra["draw"] = {"probs": f"{zlib.crc32(probs.tobytes()):08x}", "dedup": c.dedup, "multiplier": c.multiplier}
-    return _train(run, _nth(name, number), arm, objective, refs, trained, plan, extra)
+    if weak_hidden is not None:
+        extra["weak"] = "cached"
+    return _train(run, _nth(name, number), arm, objective, refs, trained, plan, extra, weak_hidden)
+
+
+def _hidden_states(
+    run: Run, arm: config.JointConfig, objective: objectives.Objective, weak: ModelRef
+) -> Callable[[], WeakCache] | None:
+    """Return what opens the weak agent's cached hidden states, made here if need be; None where it is resident."""
+    if arm.weak.placement == "resident" or "weak" not in objective.roles:
+        return None
+    return selection.hidden_states(run, weak, arm.weak)
 
 
 def _train(
     run: Run, name: str, stage: config.StageConfig, objective: objectives.Objective,
     refs: Mapping[str, ModelRef], trained: tuple[str, ...], plan: epochs.Plan, extra: Mapping[str, Any] = {},
+    weak_hidden: Callable[[], WeakCache] | None = None,
 ) -> ModelRef:  # fmt: skip
     """Carry out one training stage and return the strong role it ends with."""
     recipe, m = run.recipe, run.recipe.model
     lineage = {role: ref.digest for role, ref in refs.items()}
+    cached = frozenset(["weak"] if weak_hidden is not None else [])
+    lora = run.lora if name != "pretrain" else None
+    if lora is None:
+        found = agents.whole(refs, trained, run.mesh, m.param_dtype, cached)
+    else:
+        found = agents.adapted(refs, trained, run.mesh, m.param_dtype, cached, lora, recipe.seed)
+        extra = {**extra, "lora": dataclasses.asdict(lora)}
+    if recipe.train.z_loss:
+        extra = {**extra, "z_loss": recipe.train.z_loss}
     inputs = {
         "stage": stage.model_dump(include={"epochs", "steps"}),
         "optimizer": (stage.optimizer or recipe.optimizer).model_dump(),
@@ -168,9 +204,9 @@ def _train(
         inputs["held_out"] = {"data": held_out.dataset.fingerprint, "every_steps": held_out.every_steps}
     job = train.Job(
         directory=run.work / name,
-        models={role: ref.model for role, ref in refs.items()},
-        trained=lambda: {role: refs[role].load(run.mesh, m.param_dtype)[1] for role in trained},
-        frozen=lambda: {role: ref.load(run.mesh)[1] for role, ref in refs.items() if role not in trained},
+        models=found.models,
+        trained=found.trained,
+        frozen=found.frozen,
         trained_roles=trained,
         param_dtype=m.param_dtype,
         objective=objective,
@@ -185,14 +221,16 @@ def _train(
             "recipe": recipe.model_dump(mode="json"),
             "stage": name,
             "lineage": {**lineage, **extra, "objective": repr(objective)},
+            **({"base": found.base.described()} if found.base is not None else {}),
         },
         assets=run.work / "assets",
         held_out=held_out,
+        weak_hidden=weak_hidden,
     )
     work = lambda: {"checkpoint": train.train(job).relative_to(run.work).as_posix()}
     output = run.stage(name, inputs, work, job.directory / "checkpoints")
     settings = next(iter(refs.values())).settings
-    return ModelRef(run.work / output["checkpoint"], "strong", settings)
+    return ModelRef(run.work / output["checkpoint"], "strong", settings, found.base)
 
 
 def _plan(run: Run, name: str, stage: config.StageConfig, probs: np.ndarray | None = None) -> epochs.Plan:
@@ -237,21 +275,31 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"exported model: {summary['export']}"])
 
 
-def score_model(recipe: config.RunConfig, model: str, out: Path) -> None:
+def score_model(
+    recipe: config.RunConfig, model: str, out: Path, cache: Path | None = None, say: Callable[[str], None] = print
+) -> None:
     """Write the scores of a recipe's examples under any model to `out`.
 
+    Args:
+        cache: directory to write the model's final hidden states to, for `joint.weak.cache`.
+
     Raises:
-        FileExistsError: `out` exists.
+        FileExistsError: `out` or `cache` exists.
+        ValueError: the model does not know the recipe's tokens, or there is no room for the cache.
     """
     if out.exists():
         raise FileExistsError(f"{out}: exists already; choose another file or remove it")
-    run = prepare(recipe)
+    run = prepare(recipe, say)
     scored = run.ref(model)
     if len(run.tokenizer) > (known := scored.model.vocabulary[0]):
         raise ValueError(
             f"{model}: knows {known} tokens, the recipe's tokenizer has {len(run.tokenizer)}; give another"
         )
-    scoring.write(out, selection.score(run, scored), run.dataset, scored.digest, recipe.score.shifted)
+    if cache is None:
+        found = selection.score(run, scored)
+    else:
+        found = selection.cache_hidden(run, scored, cache, recipe.joint.weak.cache_budget_gb)
+    scoring.write(out, found, run.dataset, scored.digest, recipe.score.shifted)
 
 
 def inspect(recipe: config.RunConfig, show: int) -> None:

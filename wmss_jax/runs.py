@@ -11,7 +11,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from wmss_jax import checkpoint, config, data, examples, hf, sharding, stages, tokenizer
+from wmss_jax import checkpoint, compilation, config, data, examples, hf, sharding, stages, tokenizer
+from wmss_jax.models.lora import Lora
 from wmss_jax.stages import ModelRef
 
 
@@ -31,6 +32,11 @@ class Run:
     def model_settings(self) -> tuple[tuple[str, str], ...]:
         """compute_dtype and remat of every model of the run, as `ModelRef` takes them."""
         return ("compute_dtype", self.recipe.model.compute_dtype), ("remat", self.recipe.model.remat)
+
+    @property
+    def lora(self) -> Lora | None:
+        """What the training stages adapt; None where they train whole models."""
+        return None if self.recipe.lora is None else _lora(self.recipe.lora)
 
     def ref(self, model: str) -> ModelRef:
         """Return a reference to a Hugging Face directory, a hub id, or the strong role of a checkpoint."""
@@ -53,6 +59,7 @@ def prepare(recipe: config.RunConfig, say: Callable[[str], None] = print) -> Run
     """Return a recipe's tokenizer, examples and mesh, made or found in its work directory."""
     work = Path(recipe.work_dir)
     mesh = sharding.make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
+    compilation.use_cache()
     shards, parts = sharding.batch_shards(mesh), recipe.train.micro_batches
     if (rows := recipe.dataset.batch_size) % (shards * parts):
         raise ValueError(
@@ -63,6 +70,7 @@ def prepare(recipe: config.RunConfig, say: Callable[[str], None] = print) -> Run
         raise ValueError(
             f"score.batch_size: {rows} rows do not split over {shards} = mesh.data × mesh.fsdp; make it a multiple"
         )
+    _check_lora(recipe)
     made = _assets(recipe, work)
     encoded = functools.partial(_encoded, recipe, made)
     dataset = encoded(recipe.dataset.train)
@@ -72,6 +80,22 @@ def prepare(recipe: config.RunConfig, say: Callable[[str], None] = print) -> Run
     )
     held_out = encoded(recipe.eval.data) if recipe.eval.data else None
     return Run(recipe, work, None if mesh.size == 1 else mesh, made, dataset, held_out, say)
+
+
+def _check_lora(recipe: config.RunConfig) -> None:
+    """Raise ValueError where the model has no matrices of the names that are to be adapted."""
+    if recipe.lora is not None:
+        hf.from_config(hf.read_config(_model_source(recipe)), lora=_lora(recipe.lora))
+
+
+def _lora(wanted: config.LoraConfig) -> Lora:
+    return Lora(wanted.rank, wanted.alpha, wanted.targets)
+
+
+def _model_source(recipe: config.RunConfig) -> Path:
+    """Return the directory, or the config.json alone, that the recipe's model starts from."""
+    m = recipe.model
+    return Path(m.config) if m.config is not None else hf.resolve(str(m.path))
 
 
 def _encoded(recipe: config.RunConfig, made: Any, sources: Sequence[config.SourceConfig]) -> data.Dataset:
@@ -85,7 +109,7 @@ def _encoded(recipe: config.RunConfig, made: Any, sources: Sequence[config.Sourc
 def _assets(recipe: config.RunConfig, work: Path) -> Any:
     """Return the tokenizer, having put its files and the model's config.json into `assets/`."""
     directory, m = work / "assets", recipe.model
-    source = Path(m.config) if m.config is not None else hf.resolve(str(m.path))
+    source = _model_source(recipe)
     model_dir = source if source.suffix != ".json" else source.parent
     found = hf.resolve(m.tokenizer) if isinstance(m.tokenizer, str) else model_dir
     settings = hf.read_config(source)

@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ _META = b"wmss_jax"
 
 
 # Compiled once for all models of a shape: M0, M1 and every arm are scored in turn.
-_score_batch = jax.jit(step.score, static_argnums=0, static_argnames=("mesh", "chunk_tokens"))
+_score_batch = jax.jit(step.score, static_argnums=0, static_argnames=("mesh", "chunk_tokens", "with_hidden"))
 
 
 class Scores(NamedTuple):
@@ -42,34 +44,52 @@ def score(
     shifted: bool = True,
     mesh: Mesh | None = None,
     chunk_tokens: int | None = None,
+    keep: Callable[[int, np.ndarray], None] | None = None,
 ) -> Scores:
     """Return the scores of all examples, in the data set's order, computed packed and in batches.
 
     Args:
         seq_len, batch_size: of the packed rows.
         shifted: False takes the entropy one position late, as the released code does (`curriculum.example_means`).
+        keep: is given every example with its final-norm hidden states, bfloat16 [length, D] (`weak_cache.Writer.add`).
     """
     plan = epochs.plan(dataset.lengths, seq_len=seq_len, batch_size=batch_size, seed=0, epochs=1)
-    score_batch = functools.partial(_score_batch, model, params, mesh=mesh, chunk_tokens=chunk_tokens)
+    score_batch = functools.partial(
+        _score_batch, model, params, mesh=mesh, chunk_tokens=chunk_tokens, with_hidden=keep is not None
+    )
     missing = np.full(len(dataset), np.nan)
     found = Scores(missing, missing.copy(), missing.copy(), np.zeros(len(dataset), np.int64))
     pending: tuple[dict[str, Array], dict[str, np.ndarray]] | None = None
     for batch in data.batches(dataset, plan, start_step=0, loss_on="completion"):
         scores = score_batch(sharding.place_rows(batch, mesh))
         if pending is not None:  # reduced on the host while the device computes the next batch
-            _reduce(pending[0], pending[1], shifted, found)
+            _reduce(*pending, shifted, found, keep)
         pending = scores, batch
     if pending is not None:
-        _reduce(pending[0], pending[1], shifted, found)
+        _reduce(*pending, shifted, found, keep)
     return found
 
 
-def _reduce(scores: dict[str, Array], batch: dict[str, np.ndarray], shifted: bool, found: Scores) -> None:
-    for name, values in jax.device_get(scores).items():
+def _reduce(
+    on_device: dict[str, Array], batch: dict[str, np.ndarray], shifted: bool, found: Scores, keep: Callable | None
+) -> None:
+    scores = jax.device_get(on_device)
+    if keep is not None:
+        _hand_over(scores.pop("hidden"), batch["segments"], batch["example_index"], keep)
+    for name, values in scores.items():
         means = curriculum.example_means(
             values, batch["loss_weights"], batch["example_index"], shifted=shifted or name != "entropy"
         )
         index, getattr(found, name)[means[0]], found.n_tokens[means[0]] = means
+
+
+def _hand_over(hidden_BTD: np.ndarray, segments_BT: np.ndarray, index_BT: np.ndarray, keep: Callable) -> None:
+    """Give `keep` the hidden states of every example of a batch: those of its segment."""
+    for hidden_TD, segments_T, index_T in zip(hidden_BTD, segments_BT, index_BT, strict=True):
+        cuts = np.flatnonzero(np.diff(segments_T, prepend=-1, append=-1))
+        for start, end in pairwise(cuts.tolist()):
+            if segments_T[start] > 0:
+                keep(int(index_T[start]), hidden_TD[start:end])
 
 
 def write(path: str | os.PathLike, scores: Scores, dataset: data.Dataset, model_digest: str, shifted: bool) -> None:

@@ -2,14 +2,16 @@
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wmss_jax import curriculum, scoring
+from wmss_jax import config, curriculum, scoring, weak_cache
 from wmss_jax.runs import Run
 from wmss_jax.stages import ModelRef
+from wmss_jax.weak_cache import WeakCache
 
 
 def scores(run: Run, ref: ModelRef) -> scoring.Scores:
@@ -18,20 +20,70 @@ def scores(run: Run, ref: ModelRef) -> scoring.Scores:
     path = run.work / "scores" / f"{digest}.parquet"
 
     def work() -> dict[str, Any]:
-        scoring.write(path, score(run, ref), run.dataset, digest, recipe.score.shifted)
+        if not path.exists():  # else the pass that cached the hidden states wrote it
+            scoring.write(path, score(run, ref), run.dataset, digest, recipe.score.shifted)
         return {"scores": path.relative_to(run.work).as_posix(), "model": str(ref.directory)}
 
     inputs = {"model": digest, "data": run.dataset.fingerprint, "shifted": recipe.score.shifted}
     return scoring.read(run.work / run.stage(f"score-{digest}", inputs, work)["scores"], run.dataset)
 
 
-def score(run: Run, ref: ModelRef) -> scoring.Scores:
+def hidden_states(run: Run, ref: ModelRef, weak: config.WeakConfig) -> Callable[[], WeakCache]:
+    """Return what opens the cached hidden states of a model; they are made here, with its scores, unless given.
+
+    Raises:
+        ValueError: there is no room for them.
+    """
+    made_of = identity(run, ref)
+    if weak.cache is not None:
+        return lambda: WeakCache.open(Path(str(weak.cache)), run.dataset, made_of)
+    digest, shifted = ref.digest, run.recipe.score.shifted
+    directory = run.work / "weak_cache" / digest
+
+    def make() -> dict[str, Any]:
+        if not directory.exists():
+            scored = cache_hidden(run, ref, directory, weak.cache_budget_gb)
+            scoring.write(run.work / "scores" / f"{digest}.parquet", scored, run.dataset, digest, shifted)
+        return {"cache": directory.relative_to(run.work).as_posix()}
+
+    def opened() -> WeakCache:
+        make()  # again, if it was removed to make room and a stage is not finished after all
+        return WeakCache.open(directory, run.dataset, made_of)
+
+    run.stage(f"hidden-{digest}", {**made_of, "shifted": shifted}, make, directory)
+    return opened
+
+
+def cache_hidden(run: Run, ref: ModelRef, directory: Path, budget_gb: float | None) -> scoring.Scores:
+    """Return the scores of all examples under a model, whose hidden states are written to `directory` by the way.
+
+    What that takes of disk, and of reading in every step, is said first.
+    """
+    width, d = ref.model.config.sizes["D"], run.recipe.dataset
+    budget_bytes = None if budget_gb is None else int(budget_gb * 1e9)
+    run.say(weak_cache.cost(directory, run.dataset, width, d.batch_size * d.seq_len))
+    with weak_cache.Writer(directory, run.dataset, width, identity(run, ref), budget_bytes) as writer:
+        return score(run, ref, writer.add)
+
+
+def identity(run: Run, ref: ModelRef) -> dict[str, str]:
+    """Return what hidden states depend on; a cache of others is refused."""
+    report, d = run.dataset.report, run.recipe.dataset
+    cut = f"{d.too_long} at {d.seq_len} tokens" if report.dropped or report.truncated else "none"
+    return {
+        "data set": run.dataset.fingerprint, "tokenizer": run.dataset.tokenizer_fingerprint, "truncation": cut,
+        "model": ref.digest, "compute dtype": run.recipe.model.compute_dtype,
+    }  # fmt: skip
+
+
+def score(run: Run, ref: ModelRef, keep: Callable[[int, np.ndarray], None] | None = None) -> scoring.Scores:
+    """Return the scores of all examples under a model; `keep` is given their hidden states (`scoring.score`)."""
     model, params = ref.load(run.mesh)
     recipe, d = run.recipe, run.recipe.dataset
     rows = recipe.score.batch_size or d.batch_size // recipe.train.micro_batches
     return scoring.score(
         model, params, run.dataset, seq_len=d.seq_len, batch_size=rows, shifted=recipe.score.shifted,
-        mesh=run.mesh, chunk_tokens=recipe.train.head_chunk_tokens,
+        mesh=run.mesh, chunk_tokens=recipe.train.head_chunk_tokens, keep=keep,
     )  # fmt: skip
 
 

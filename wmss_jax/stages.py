@@ -17,7 +17,7 @@ import google_crc32c
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, hf
+from wmss_jax import checkpoint, hf, roles
 from wmss_jax.models import CausalLM
 
 
@@ -90,40 +90,84 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ModelRef:
-    """Parameters on disk: a Hugging Face directory, or one role of a checkpoint.
+    """Parameters on disk: a Hugging Face directory, or one role of a checkpoint, which may be an adapter.
 
     Attributes:
         role: None for a Hugging Face directory.
         settings: compute_dtype and remat of the model that `load` returns.
+        known_base: of an adapter, what it was trained on, where the caller has it; else its checkpoint says it.
     """
 
     directory: Path
     role: str | None
     settings: tuple[tuple[str, str], ...] = ()
+    known_base: "ModelRef | None" = dataclasses.field(default=None, compare=False)
 
     def load(self, mesh: Mesh | None, dtype: str | None = None) -> tuple[CausalLM, PyTree[Array]]:
-        """Return model and parameters; `dtype` of the parameters, default that of the file."""
-        if self.role is None:
-            model, params = hf.load(self.directory, mesh, dtype)
-        else:
-            try:
-                model, params = checkpoint.load_role(self.directory, self.role, mesh, dtype)
-            except checkpoint.CheckpointDamaged as error:
-                fix = "put back a copy of it, or start again in another work_dir"
-                raise checkpoint.CheckpointDamaged(f"{error}; {fix}") from error
+        """Return model and parameters; `dtype` of the parameters, default that of the file.
+
+        An adapter comes merged into its base, as it is shipped.
+        """
+        model, params = self.load_stored(mesh, dtype)
+        if model.lora is None:
+            return model, params
+        _, base = self._checked_base().load(mesh, dtype)
+        return model.base, model.merge(base, params, mesh)
+
+    def load_stored(self, mesh: Mesh | None, dtype: str | None = None) -> tuple[CausalLM, PyTree[Array]]:
+        """Return what lies on disk: of an adapter, the adapter alone."""
+        in_hf = self.role is None
+        model, params = hf.load(self.directory, mesh, dtype) if in_hf else self._role(mesh, dtype)
         return dataclasses.replace(model, **dict(self.settings)), params
+
+    def load_head(self, mesh: Mesh | None) -> PyTree[Array]:
+        """Return the parameters that make logits of hidden states; nothing else is read."""
+        if self.base is not None:
+            return self.base.load_head(mesh)  # adapters leave the head alone
+        if self.role is None:
+            return hf.load_head(self.directory, mesh)
+        return self._role(mesh, head_only=True)[1]
+
+    @functools.cached_property
+    def base(self) -> "ModelRef | None":
+        """What an adapter was trained on; None for whole models."""
+        if self.known_base is not None:
+            return self.known_base
+        said = None if self.role is None else checkpoint.read_meta(self.directory).get("base")
+        return None if said is None else ModelRef(hf.resolve(said["directory"]), said["role"], self.settings)
+
+    def described(self) -> dict[str, Any]:
+        """Return what a checkpoint of an adapter says of its base, from which `base` finds it again."""
+        return {"directory": str(self.directory), "role": self.role, "digest": self.digest}
+
+    def _role(self, mesh: Mesh | None, dtype: str | None = None, *, head_only: bool = False) -> tuple[CausalLM, PyTree]:
+        try:
+            return roles.load(self.directory, str(self.role), mesh, dtype, head_only=head_only)
+        except checkpoint.CheckpointDamaged as error:
+            fix = "put back a copy of it, or start again in another work_dir"
+            raise checkpoint.CheckpointDamaged(f"{error}; {fix}") from error
+
+    def _checked_base(self) -> "ModelRef":
+        said = checkpoint.read_meta(self.directory)["base"]
+        assert self.base is not None
+        if self.base.digest != said["digest"]:
+            raise ValueError(
+                f"{self.directory}: is an adapter of another model than the one that now lies in {said['directory']} "
+                f"({said['digest']}, here {self.base.digest}); put the base back"
+            )
+        return self.base
 
     @property
     def model(self) -> CausalLM:
         """The model without its parameters."""
         in_hf = self.role is None
-        model = hf.model_of(self.directory) if in_hf else checkpoint.models(self.directory)[str(self.role)]
+        model = hf.model_of(self.directory) if in_hf else roles.models(self.directory)[str(self.role)]
         return dataclasses.replace(model, **dict(self.settings))
 
     @property
     def assets(self) -> Path:
         """Directory with the tokenizer and config files that belong to the parameters."""
-        return self.directory if self.role is None else self.directory / checkpoint.ASSETS
+        return self.directory if self.role is None else self.directory / roles.ASSETS
 
     @functools.cached_property
     def digest(self) -> str:

@@ -207,17 +207,22 @@ def score(
     *,
     mesh: Mesh | None = None,
     chunk_tokens: int | None = None,
-) -> dict[str, Float[Array, "B T"]]:
+    with_hidden: bool = False,
+) -> dict[str, Float[Array, "B T ..."]]:
     """Return {"entropy", "nll", "margin"}, float32 [B, T]: at position t of the distribution that predicts token t+1.
 
     Entropy and nll are in nats; the margin is the target's logit minus the mean of all others.
     `curriculum.example_means` turns them into one number per example. Pure; jit it where it is called often.
+
+    Args:
+        with_hidden: add "hidden", the final-norm hidden states of the same pass, bfloat16 [B, T, D] (`weak_cache`).
     """
     full = complete(batch)
     settings = _of_models(head.Settings(mesh, chunk_tokens=chunk_tokens), {"strong": model})
     with sharding.use(mesh):
         hidden_BTD = model.hidden(params, full["tokens"], full["positions"], full["segments"])
-        return head.score(model.unembed(params), hidden_BTD, full["targets"], settings)
+        scores = head.score(model.unembed(params), hidden_BTD, full["targets"], settings)
+        return {**scores, "hidden": hidden_BTD.astype(jnp.bfloat16)} if with_hidden else scores
 
 
 def complete(batch: Batch) -> dict[str, Array]:

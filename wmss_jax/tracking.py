@@ -1,20 +1,24 @@
-"""What a training stage tells while it runs: metrics.jsonl always, a progress bar, TensorBoard as an extra."""
+"""What a training stage tells while it runs: metrics.jsonl always, a progress bar, TensorBoard and traces as extras."""
 
+import contextlib
 import datetime
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 FILE = "metrics.jsonl"
 Write = Callable[[int, Mapping[str, float]], None]  # (step, its metrics)
 Sink = tuple[Write, Callable[[], None]]  # write and close
+
+_UNTRACED = 2  # steps at the start of a process: the first one compiles, the second may still allocate
 
 
 class Tracker:
@@ -62,7 +66,7 @@ class Tracker:
             self._sinks.append(_lines(console, total_steps, plain_every_s))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a step; `loss` and `tokens_per_s` are also shown.
+        """Record the metrics of a step; `loss`, `tokens_per_s` and `mfu` are also shown.
 
         Raises:
             ValueError: a metric is called `step` or `time`.
@@ -149,7 +153,7 @@ def _lines(console: Console, total_steps: int, every_s: float) -> Sink:
 
 
 def _status(total_steps: int) -> Callable[[int, Mapping[str, float]], str]:
-    """Return what makes a step's values a line: loss, tokens a second, time left by the pace since the first call."""
+    """Return what makes a step's values a line: loss, speed, time left by the pace since the first call."""
     first: tuple[int, float] | None = None  # the time before it is loading and compiling
 
     def text(step: int, values: Mapping[str, float]) -> str:
@@ -158,9 +162,41 @@ def _status(total_steps: int) -> Callable[[int, Mapping[str, float]], str]:
         parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []
         if "tokens_per_s" in values:
             parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
+        if "mfu" in values:
+            parts.append(f"{values['mfu']:.1%} of peak")
         if step > first[0]:
             left_s = (time.monotonic() - first[1]) / (step - first[0]) * (total_steps - step)
             parts.append(f"ETA {datetime.timedelta(seconds=max(0, round(left_s)))}")
         return "  ".join(parts)
 
     return text
+
+
+@contextlib.contextmanager
+def profiled(directory: Path, steps: int | None) -> Iterator[Callable[[Any], None]]:
+    """Give what is to be called with the result of every step, once it is dispatched, for `steps` of them to be traced.
+
+    JAX's profiler traces from the third step on; `xprof --logdir DIRECTORY`, or TensorBoard, shows what it wrote. The
+    trace is written as well where the loop ends early. With None nothing is traced.
+    """
+    count, running, last = 0, False, None
+
+    def after_step(result: Any) -> None:
+        nonlocal count, running, last
+        count, last = count + 1, result
+        if steps is not None and count in (_UNTRACED, _UNTRACED + steps):
+            jax.block_until_ready(result)  # a step is whole in the trace or not in it
+            if running:
+                jax.profiler.stop_trace()
+            else:
+                jax.profiler.start_trace(directory)
+            running = not running
+
+    try:
+        yield after_step
+    finally:
+        if running:
+            try:
+                jax.block_until_ready(last)
+            finally:
+                jax.profiler.stop_trace()

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, data, epochs, optim, sharding, step
+from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, roles, sharding, step
 from wmss_jax.models import CausalLM
 from wmss_jax.objectives import Objective, Sft
-from wmss_jax.tracking import Tracker
+from wmss_jax.tracking import Tracker, profiled
+from wmss_jax.weak_cache import WeakCache
 
 if TYPE_CHECKING:
     from wmss_jax.config import OptimizerConfig, TrainConfig
@@ -55,9 +56,11 @@ class Job:
     """What one stage trains, on what, and how.
 
     Attributes:
-        directory: checkpoints/ and metrics.jsonl come to lie here.
+        directory: checkpoints/ and metrics.jsonl come to lie here, and profile/ where the loop asks for it.
         models: {role: model} of all roles of the objective.
         trained, frozen: give {role: parameters} when called; `trained` is not called where a checkpoint goes on.
+            With adapters, "base" is among the frozen ones.
+        weak_hidden: opens the weak role's cached hidden states, which are then read beside the tokens.
         param_dtype: of the trained parameters.
         plan: the whole run's rows; its step number is the data position.
         meta: JSON kept in every checkpoint: config and lineage.
@@ -81,6 +84,7 @@ class Job:
     meta: Mapping[str, Any]
     assets: Path
     held_out: HeldOut | None = None
+    weak_hidden: Callable[[], WeakCache] | None = None
 
 
 def train(job: Job) -> Path:
@@ -103,41 +107,46 @@ def train(job: Job) -> Path:
     frozen = job.frozen()
     train_step = step.make_train_step(
         dict(job.models), job.objective, tx, mesh=job.mesh, micro_batches=job.loop.micro_batches,
-        chunk_tokens=job.loop.head_chunk_tokens, seed=job.seed,
+        chunk_tokens=job.loop.head_chunk_tokens, z_loss=job.loop.z_loss, diagnose_every=job.loop.diagnose_every_steps,
+        seed=job.seed,
     )  # fmt: skip
-    held_out_loss = _held_out_loss(job)
-    meta = {**job.meta, "roles": checkpoint.describe({role: job.models[role] for role in job.trained_roles})}
-    files = checkpoint.asset_files(job.assets)
+    held_out_loss = _held_out_loss(job, frozen)
+    meta = {**job.meta, "roles": roles.describe({role: job.models[role] for role in job.trained_roles})}
+    files = roles.asset_files(job.assets)
     keep_best = int(job.held_out is not None and job.held_out.keep_best)
 
     primary = jax.process_index() == 0
     with (
         checkpoint.Writer(_checkpoints(job), keep_last=job.loop.keep_last, keep_best=keep_best) as writer,
         Tracker(job.directory, total, job.loop.tensorboard, start_step=start, primary=primary) as tracker,
+        profiled(job.directory / "profile", job.loop.profile) as profile,
         _stop_requested() as stop,
     ):
-        report = _Reporter(job, tracker, schedule)
+        report = _Reporter(job, tracker, schedule, start)
         batches = data.batches(
             job.dataset, job.plan, start_step=start, loss_on=job.loss_on,
+            weak_hidden=None if job.weak_hidden is None else job.weak_hidden().read,
             host=jax.process_index(), hosts=jax.process_count(),
         )  # fmt: skip
-        for number, batch in enumerate(batches, start + 1):
-            state, metrics = train_step(state, frozen, sharding.place_rows(batch, job.mesh))
+        for number, batch in enumerate(report.waiting(batches), start + 1):
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                state, metrics = train_step(state, frozen, sharding.place_rows(batch, job.mesh))
+            profile(metrics)
             report(number, metrics, batch)
 
             evaluate = job.held_out is not None and (number % job.held_out.every_steps == 0 or number == total)
             save = number % job.loop.checkpoint_every_steps == 0 or number == total or (evaluate and keep_best)
             if not (evaluate or save or stop.is_set()):
                 continue
-            report.flush()  # a state that is not finite must not be saved
-            metric = held_out_loss(_shipped(state, job)) if evaluate else None
-            if metric is not None:
-                tracker.log(number, {"held_out_loss": metric})
-                if not math.isfinite(metric):
-                    raise NonFiniteLoss(f"the held-out loss after step {number} is {metric}; lower the learning rate")
-            if save or stop.is_set():
-                saved = state._replace(params=_shipped(state, job)) if number == total else state
-                writer.save(number, saved, meta, metric, files)
+            with report.paused():  # which logs the step first: a state that is not finite must not be saved
+                metric = held_out_loss(_shipped(state, job)) if evaluate else None
+                if metric is not None:
+                    tracker.log(number, {"held_out_loss": metric})
+                    if not math.isfinite(metric):
+                        raise NonFiniteLoss(f"the held-out loss after step {number} is {metric}; lower peak_lr")
+                if save or stop.is_set():
+                    saved = state._replace(params=_shipped(state, job)) if number == total else state
+                    writer.save(number, saved, meta, metric, files)
             if stop.is_set():
                 break
     if stop.is_set():  # set while the last step was being saved, too
@@ -177,9 +186,10 @@ def _shipped(state: step.TrainState, job: Job) -> PyTree[Array]:
     return jax.tree.map(lambda mean, p: mean.astype(p.dtype), average, state.params)
 
 
-def _held_out_loss(job: Job) -> Callable[[PyTree[Array]], float]:
+def _held_out_loss(job: Job, frozen: Mapping[str, PyTree[Array]]) -> Callable[[PyTree[Array]], float]:
     """Return the function parameters -> token-mean cross-entropy of the strong role on the held-out examples."""
     model = job.models["strong"]
+    base = {role: params for role, params in frozen.items() if role == "base"}
     eval_step = step.make_eval_step(model, Sft(), mesh=job.mesh, chunk_tokens=job.loop.head_chunk_tokens)
 
     def measure(params: PyTree[Array]) -> float:
@@ -188,7 +198,9 @@ def _held_out_loss(job: Job) -> Callable[[PyTree[Array]], float]:
         held_out = job.held_out
         for batch in data.batches(held_out.dataset, held_out.plan, start_step=0, loss_on=job.loss_on,
                                   host=jax.process_index(), hosts=jax.process_count()):  # fmt: skip
-            metrics = jax.device_get(eval_step({"strong": params["strong"]}, sharding.place_rows(batch, job.mesh)))
+            metrics = jax.device_get(
+                eval_step({**base, "strong": params["strong"]}, sharding.place_rows(batch, job.mesh))
+            )
             total += float(metrics["loss"]) * float(metrics["loss_tokens"])
             tokens += float(metrics["loss_tokens"])
         return total / max(tokens, 1.0)
@@ -197,17 +209,51 @@ def _held_out_loss(job: Job) -> Callable[[PyTree[Array]], float]:
 
 
 class _Reporter:
-    """Logs a step's metrics once the next step is under way, so that reading them never makes the device wait."""
+    """Logs a step's metrics once the next step is under way, so that reading them never makes the device wait.
 
-    def __init__(self, job: Job, tracker: Tracker, schedule: optax.Schedule):
+    Besides those that the step returns, and `lr`, a line has what the steps since the last one took; in a process's
+    first line, compiling included.
+
+        tokens_per_s        tokens other than padding, over all devices
+        step_time_s         seconds a step, without those of evaluations and checkpoints
+        loader_wait_s       those of them that the loop waited for its batch
+        model_tflops_per_s  10¹² model FLOPs a second and device: `flops.step` of the tokens above, so that neither
+                            padding nor what is computed twice counts as work done
+        mfu                 the same as a share of the device's bfloat16 peak, where `hardware` knows that
+    """
+
+    def __init__(self, job: Job, tracker: Tracker, schedule: optax.Schedule, start: int):
         self._job, self._tracker, self._schedule = job, tracker, schedule
-        self._pending: tuple[int, Mapping[str, Array]] | None = None
-        self._tokens, self._since = 0, time.monotonic()
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._done: float | None = None  # when that step was over, if it was before it is logged
+        devices = jax.devices()[:1] if job.mesh is None else list(job.mesh.devices.flat)
+        self._flops, self._peak = _flops_per_token(job) / len(devices), hardware.peak_flops(devices[0])
+        self._logged, self._since = start, time.monotonic()
+        self._tokens, self._waited, self._wait = 0, 0.0, 0.0
+
+    def waiting(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Mapping[str, np.ndarray]]:
+        """Give the batches; the time that each lets wait for itself is the loader's."""
+        asked = time.monotonic()
+        for batch in batches:
+            self._wait = time.monotonic() - asked
+            if self._pending is not None and self._pending[1]["loss"].is_ready():
+                self._done = asked  # the device waited for this batch, too: not in the last step's time
+            yield batch
+            asked = time.monotonic()
 
     def __call__(self, number: int, metrics: Mapping[str, Array], batch: Mapping[str, np.ndarray]) -> None:
         self.flush()
-        self._pending = number, metrics
+        self._pending, self._done = (number, metrics), None
         self._tokens += int((batch["segments"] > 0).sum()) * jax.process_count()
+        self._waited += self._wait
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Log the step that waits; the time spent inside is no step's."""
+        self.flush()
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
 
     def flush(self) -> None:
         """Log the step that waits, if it is its turn; raise if its loss is not finite."""
@@ -223,13 +269,40 @@ class _Reporter:
                 f"the loss of step {number} is {metrics['loss']} (gradient norm {metrics['grad_norm']}); "
                 f"its examples: {', '.join(self._job.dataset.location(index) for index in examples)}"
             )
-        if number % self._job.loop.log_every_steps == 0 or number in (1, self._job.plan.total_steps):
-            now = time.monotonic()
-            pace = self._tokens / max(now - self._since, 1e-9)
-            self._tokens, self._since = 0, now
+        every = self._job.loop.diagnose_every_steps
+        measured = every is not None and number % every == 0
+        if not measured:
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("diagnostics/")}
+        if number % self._job.loop.log_every_steps == 0 or number in (1, self._job.plan.total_steps) or measured:
             lr: Any = self._schedule(number - 1)
-            metrics |= {"lr": float(lr), "tokens_per_s": pace}
-            self._tracker.log(number, metrics)
+            self._tracker.log(number, metrics | {"lr": float(lr)} | self._speed(number))
+
+    def _speed(self, number: int) -> dict[str, float]:
+        """Return what the steps since the last line took, up to this one; begin anew after it."""
+        now, steps = self._done or time.monotonic(), number - self._logged
+        took = max(now - self._since, 1e-9)
+        pace = self._tokens / took
+        speed = {
+            "tokens_per_s": pace,
+            "step_time_s": took / steps,
+            "loader_wait_s": self._waited / steps,
+            "model_tflops_per_s": pace * self._flops / 1e12,
+        }
+        if self._peak is not None:
+            speed["mfu"] = pace * self._flops / self._peak
+        self._logged, self._since, self._tokens, self._waited = number, now, 0, 0.0
+        return speed
+
+
+def _flops_per_token(job: Job) -> float:
+    """Return the model FLOPs per token of a step of the stage."""
+
+    def use(role: str) -> flops.Use:
+        if role in job.trained_roles:
+            return "trained" if job.models[role].lora is None else "adapted"
+        return "cached" if role == "weak" and job.weak_hidden is not None else "resident"
+
+    return flops.step((flops.forward(job.models[role], job.plan.seq_len), use(role)) for role in job.objective.roles)
 
 
 @contextlib.contextmanager

@@ -98,7 +98,8 @@ class CausalLM:
 
     def dtype(self, params: PyTree[Array]) -> jnp.dtype:
         """Return the dtype that activations are computed in."""
-        return jnp.dtype(self.compute_dtype or params["embed"].dtype)
+        # Of a role whose hidden states are cached there is the head alone.
+        return jnp.dtype(self.compute_dtype or params["embed" if "embed" in params else "unembed"].dtype)
 
     def unembed(self, params: PyTree[Array]) -> Float[Array, "D V"]:
         """Return the head's matrix, hidden states to logits; for tied models the embedding, transposed.
