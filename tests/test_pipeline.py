@@ -339,8 +339,8 @@ def test_the_second_round_starts_from_m1_and_m2(finished, monkeypatch):
     summary = run("rounds=2", until="joint")
     m1, m2 = Path(summary["models"]["M1"]), Path(summary["models"]["joint"])
     assert scored == [m2] and [job.directory for job in jobs] == [Path("run/joint-2")]
-    roles = record("joint-2")["inputs"]["roles"]
-    assert roles == {role: ModelRef(path, "strong").digest for role, path in {"strong": m2, "weak": m1}.items()}
+    lineage = record("joint-2")["inputs"]["roles"]
+    assert lineage == {role: ModelRef(path, "strong").digest for role, path in {"strong": m2, "weak": m1}.items()}
     for found, directory in ((jobs[0].trained()["strong"], m2), (jobs[0].frozen()["weak"], m1)):
         expected = roles.load(directory, "strong")[1]
         jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -451,5 +451,5 @@ def test_the_cost_is_told_in_a_line(tmp_path, monkeypatch):
     dataset = dataset_of(*[np.arange(256) + i for i in range(1000)])
     assert weak_cache.cost(tmp_path / "cache", dataset, width=1024, tokens_per_step=16384) == (
         "weak cache: 524.3 MB on disk (256,000 unique tokens x 2.048 KB; 96 GB free); a training step reads "
-        "66.98 MB for 33.55 MB, in chunks of 524.3 KB; 1 GB/s is 244,618 tokens/s"
+        "50.2 MB for 33.55 MB, in chunks of 262.1 KB; 1 GB/s is 326,371 tokens/s"
     )

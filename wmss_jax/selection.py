@@ -14,14 +14,14 @@ from wmss_jax.stages import ModelRef
 from wmss_jax.weak_cache import WeakCache
 
 
-def scores(run: Run, ref: ModelRef) -> scoring.Scores:
-    """Return the scores of all examples under a model; made once per model."""
+def scores(run: Run, ref: ModelRef, known: scoring.Scores | None = None) -> scoring.Scores:
+    """Return the scores of all examples under a model; made once per model, unless they are `known`."""
     recipe, digest = run.recipe, ref.digest
     path = run.work / "scores" / f"{digest}.parquet"
 
     def work() -> dict[str, Any]:
-        if not path.exists():  # else the pass that cached the hidden states wrote it
-            scoring.write(path, score(run, ref), run.dataset, digest, recipe.score.shifted)
+        found = score(run, ref) if known is None else known
+        scoring.write(path, found, run.dataset, digest, recipe.score.shifted)
         return {"scores": path.relative_to(run.work).as_posix(), "model": str(ref.directory)}
 
     inputs = {"model": digest, "data": run.dataset.fingerprint, "shifted": recipe.score.shifted}
@@ -37,20 +37,18 @@ def hidden_states(run: Run, ref: ModelRef, weak: config.WeakConfig) -> Callable[
     made_of = identity(run, ref)
     if weak.cache is not None:
         return lambda: WeakCache.open(Path(str(weak.cache)), run.dataset, made_of)
-    digest, shifted = ref.digest, run.recipe.score.shifted
-    directory = run.work / "weak_cache" / digest
+    directory = run.work / "weak_cache" / ref.digest
 
     def make() -> dict[str, Any]:
         if not directory.exists():
-            scored = cache_hidden(run, ref, directory, weak.cache_budget_gb)
-            scoring.write(run.work / "scores" / f"{digest}.parquet", scored, run.dataset, digest, shifted)
+            scores(run, ref, cache_hidden(run, ref, directory, weak.cache_budget_gb))
         return {"cache": directory.relative_to(run.work).as_posix()}
 
     def opened() -> WeakCache:
         make()  # again, if it was removed to make room and a stage is not finished after all
         return WeakCache.open(directory, run.dataset, made_of)
 
-    run.stage(f"hidden-{digest}", {**made_of, "shifted": shifted}, make, directory)
+    run.stage(f"hidden-{ref.digest}", made_of, make, directory)
     return opened
 
 
