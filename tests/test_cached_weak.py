@@ -13,7 +13,7 @@ import recipes
 import tiny
 
 import wmss_jax as wmss
-from wmss_jax import data, epochs, pipeline, roles, scoring, weak_cache
+from wmss_jax import data, epochs, pipeline, roles, scoring, train, weak_cache
 from wmss_jax.objectives import LogitMix
 
 MODEL = tiny.model(vocab_size=300)
@@ -209,6 +209,16 @@ def test_a_flipped_bit_stops_the_run_by_name_and_a_new_cache_finishes_it(root):
     (root / "m0.parquet").unlink()
     run(make(root))
     assert len(losses(root)) == recipes.STEPS["joint"]
+
+
+def test_what_is_refused_is_refused_before_the_sft(root, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda job: pytest.fail("it trains"))
+    shutil.rmtree("run/sft")
+    (root / "run/stages/sft.json").unlink()
+    with pytest.raises(weak_cache.CacheDamaged, match="nowhere"):
+        run(recipes.load(*CACHED, "joint.weak.cache=nowhere"))
+    with pytest.raises(ValueError, match="cache_budget_gb"):
+        run(recipes.load(*CACHED, "joint.weak.cache_budget_gb=1e-6"))
 
 
 def test_a_truncated_cache_is_refused_at_the_start(root):

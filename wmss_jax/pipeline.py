@@ -73,19 +73,25 @@ def _run(
     base = _base(run)
     if until == "pretrain":
         return {"models": {"M0": str(base.directory)}}
+    rounds = {"sft": 0, "joint": recipe.rounds, None: recipe.rounds}.get(until, 1)  # a control belongs to the first
+    wanted = {
+        number: [name for name in arms if name == "joint" or (number == 1 and until in (None, name))]
+        for number in range(1, rounds + 1)
+    }
+    # Of M0 before the SFT: a cache that is refused, or for which there is no room, should not come to light after it.
+    hidden = {name: _hidden_states(run, 1, name, arms[name], base) for name in wanted.get(1, [])}
     lineage = [base, _sft(run, base)]
     finals = {"M0": lineage[0], "M1": lineage[1]}
     summary: dict[str, Any] = {"curriculum": {}}
-    rounds = {"sft": 0, "joint": recipe.rounds, None: recipe.rounds}.get(until, 1)  # a control belongs to the first
-    for number in range(1, rounds + 1):
+    for number, names in wanted.items():
         weak, strong = lineage[-2:]
-        wanted = [name for name in arms if name == "joint" or (number == 1 and until in (None, name))]
-        hidden = {name: _hidden_states(run, recipe.arms()[name], arms[name], weak) for name in wanted}
+        if number > 1:
+            hidden = {name: _hidden_states(run, number, name, arms[name], weak) for name in names}
         probs = None
-        if any(recipe.arms()[name].resample for name in wanted):
+        if any(recipe.arms()[name].resample for name in names):
             probs, report = selection.curriculum_of(run, number, weak, strong)
             summary["curriculum"][f"round {number}"] = report
-        for name in wanted:
+        for name in names:
             finals[_nth(name, number)] = _arm(run, number, name, arms[name], weak, strong, probs, hidden[name])
         lineage.append(finals[_nth("joint", number)])
     summary["models"] = {name: str(ref.directory) for name, ref in finals.items()}
@@ -160,12 +166,16 @@ def _arm(
 
 
 def _hidden_states(
-    run: Run, arm: config.JointConfig, objective: objectives.Objective, weak: ModelRef
+    run: Run, number: int, name: str, objective: objectives.Objective, weak: ModelRef
 ) -> Callable[[], WeakCache] | None:
     """Return what opens the weak agent's cached hidden states, made here if need be; None where it is resident."""
+    arm = run.recipe.arms()[name]
     if arm.weak.placement == "resident" or "weak" not in objective.roles:
         return None
-    return selection.hidden_states(run, weak, arm.weak)
+    opened = selection.hidden_states(run, weak, arm.weak)
+    if not run.finished(_nth(name, number)):
+        opened()  # says now what is wrong with it
+    return opened
 
 
 def _train(

@@ -47,6 +47,10 @@ class Run:
         """Return other examples than the recipe's own, encoded alike."""
         return _encoded(self.recipe, self.tokenizer, sources)
 
+    def finished(self, name: str) -> bool:
+        """Return whether a stage is done and will not be done again."""
+        return stages.finished(self.work / "stages" / f"{name}.json")
+
     def stage(
         self, name: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Path | None = None
     ) -> dict[str, Any]:

@@ -53,6 +53,11 @@ def run(
     return output
 
 
+def finished(record: Path) -> bool:
+    """Return whether the stage of a record was done to its end."""
+    return record.exists() and json.loads(record.read_text())["output"] is not None
+
+
 def _check_same(record: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     before, now = _flat(known), _flat(wanted)
     changed = [
