@@ -163,11 +163,14 @@ def test_the_chunk_follows_from_the_memory_of_all_tiles():
     tile = lambda chunk, V, tiles: chunk * V * tiles * 4
     for V, tiles in ((151_936, 1), (151_936, 2), (32_000, 2)):
         chunk = head.Settings().chunk(10**6, V, tiles)
-        assert 0.9 * head.CHUNK_BYTES < tile(chunk, V, tiles) <= head.CHUNK_BYTES
+        assert 0.9 * head.CPU_CHUNK_BYTES < tile(chunk, V, tiles) <= head.CPU_CHUNK_BYTES
     assert head.Settings().chunk(50, 32_000) == 50, "never longer than the tokens"
     assert head.Settings(chunk_tokens=7).chunk(50, 32_000, 2) == 7
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 2, 4), ("data", "fsdp", "tensor"))
-    assert head.Settings(mesh).chunk(10**6, 151_936) == 4 * head.CHUNK_BYTES // (4 * 151_936), "a device has V/tensor"
+    # A device has V / tensor.
+    assert head.Settings(mesh).chunk(10**6, 151_936) == 4 * head.CPU_CHUNK_BYTES // (4 * 151_936), (
+        "a device has V/tensor"
+    )
 
 
 def test_all_weights_zero_is_a_zero_loss():

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "wmss_jax"
 
 # From the bottom up. A module imports only from layers below its own, and within a layer only where "+" says so.
 LAYERS = [
-    ["precision", "yamlfile", "digests"],
+    ["precision", "matmul", "yamlfile", "digests"],
     ["config", "objectives", "curriculum", "packing", "sharding", "attention", "hardware"],
     ["optim", "epochs", "diagnostics"],
     ["head"],

@@ -1,6 +1,6 @@
 """Packed causal attention: one function for training, scoring and decoding.
 
-Letters: B batch, T query time, S key time, N query heads, K kv heads, G = N/K, H head size.
+Letters: B batch, T query time, S key time, N query heads, K kv heads, G = N/K, M = G·T, H head size.
 """
 
 import jax
@@ -33,12 +33,16 @@ def attention(
     kv_segments_BS = segments_BT if kv_segments_BS is None else kv_segments_BS
     kv_positions_BS = positions_BT if kv_positions_BS is None else kv_positions_BS
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = scale * jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    S, K = k_BSKH.shape[1:3]
+    G = N // K
+    # The G heads that share a key head stand below one another: each key head is then one plain product of matrices.
+    q_BKMH = jnp.transpose(q_BTNH.reshape(B, T, K, G, H), (0, 2, 3, 1, 4)).reshape(B, K, G * T, H)
+    scores_BKMS = scale * jnp.einsum("BKMH,BSKH->BKMS", q_BKMH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = scores_BKMS.reshape(B, K, G, T, S)
     visible_BTS = (segments_BT[:, :, None] == kv_segments_BS[:, None, :]) & (
         positions_BT[:, :, None] >= kv_positions_BS[:, None, :]
     )
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, _MASKED)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
+    probs_BKMS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype).reshape(B, K, G * T, S)
+    out_BKGTH = jnp.einsum("BKMS,BSKH->BKMH", probs_BKMS, v_BSKH).reshape(B, K, G, T, H)
+    return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4)).reshape(B, T, N, H)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from wmss_jax import matmul
 from wmss_jax.models.table import Row
 
 
@@ -62,14 +63,14 @@ def project(equation: str, x: Array, weight: Array | Adapted) -> Array:
     The equation is like "BTD,DNH->BTNH": the matrix' letters are those it sums over with x, then new ones.
     """
     if not isinstance(weight, Adapted):
-        return jnp.einsum(equation, x, weight.astype(x.dtype))
+        return matmul.project(equation, x, weight)
     ins, out = equation.split("->")
     x_letters, w_letters = ins.split(",")
     summed = "".join(letter for letter in w_letters if letter in x_letters)
     kept = "".join(letter for letter in x_letters if letter not in summed)
-    low = jnp.einsum(f"{x_letters},{summed}R->{kept}R", x, weight.a.astype(x.dtype))
-    added = jnp.einsum(f"{kept}R,R{w_letters.replace(summed, '')}->{out}", low, weight.b.astype(x.dtype))
-    return jnp.einsum(equation, x, weight.w.astype(x.dtype)) + weight.scale * added
+    low = matmul.project(f"{x_letters},{summed}R->{kept}R", x, weight.a)
+    added = matmul.project(f"{kept}R,R{w_letters.replace(summed, '')}->{out}", low, weight.b)
+    return matmul.project(equation, x, jax.lax.stop_gradient(weight.w)) + weight.scale * added
 
 
 def targets(lora: Lora, rows: Sequence[Row]) -> tuple[Row, ...]:
