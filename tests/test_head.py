@@ -161,10 +161,11 @@ def test_a_frozen_head_of_a_trained_role_gets_no_gradient_and_costs_no_product()
 
 def test_the_chunk_follows_from_the_memory_of_all_tiles():
     tile = lambda chunk, V, tiles: chunk * V * tiles * 4
-    for V, tiles in ((151_936, 1), (151_936, 2), (32_000, 2)):
+    for V, tiles in ((65_000, 1), (65_000, 2), (32_000, 2)):
         chunk = head.Settings().chunk(10**6, V, tiles)
         assert 0.9 * head.CPU_CHUNK_BYTES < tile(chunk, V, tiles) <= head.CPU_CHUNK_BYTES
     assert head.Settings().chunk(50, 32_000) == 50, "never longer than the tokens"
+    assert head.Settings().chunk(10**6, 1_000_000) == 128, "a product of fewer rows wastes what multiplies"
     assert head.Settings(chunk_tokens=7).chunk(50, 32_000, 2) == 7
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 2, 4), ("data", "fsdp", "tensor"))
     # A device has V / tensor.
