@@ -1,0 +1,39 @@
+"""The side of a worker that all share: what to train, how, and the conversation with peers.py. Standard library only.
+
+A worker is started as `python SCRIPT STRONG_DIR WEAK_DIR BATCH_FILE`. It loads, says so in one line of JSON on stdout,
+and then takes one optimizer step for each line it reads.
+"""
+
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+LAMBDA = 0.5  # of the mixed logits
+LEARNING_RATE, BETA1, BETA2, EPSILON, WEIGHT_DECAY = 1e-4, 0.9, 0.999, 1e-8, 0.01
+
+# The conversation has stdout for itself: whatever a library prints goes to the log.
+_ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+
+
+def serve(step, packages):
+    """Take a step for every line on stdin; `step` returns its loss when all of its work is done."""
+    _answer({"versions": {name: importlib.metadata.version(name) for name in packages}})
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = step()
+        seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+        _answer({"loss": loss, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": _peak_bytes()})
+
+
+def _answer(answer):
+    _ANSWERS.write(json.dumps(answer) + "\n")
+
+
+def _peak_bytes():
+    """Return the most memory this process ever had resident; getrusage would count what its parent had as well."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
