@@ -28,7 +28,7 @@ from wmss_jax.models.lora import Lora
 from wmss_jax.objectives import LogitMix, Sft
 
 WIDTH = 256
-TOKENS = (512, 1024, 2048)  # of a device
+TOKENS = (512, 2048)  # of a device
 VOCABS = (32768, 65536, 131072)
 VARIANTS = ("sft", "resident", "cached", "trained", "lora")
 LORA = Lora(rank=8, alpha=16.0)
@@ -42,6 +42,10 @@ def _model(V: int, compute_dtype: str, lora: Lora | None = None) -> CausalLM:
         head_dim=64, rope_theta=1e6, norm_eps=1e-6, tied=False, max_positions=max(TOKENS),
     )  # fmt: skip
     return CausalLM("qwen3", config, compute_dtype=compute_dtype, remat="full", lora=lora)
+
+
+def _mesh(tensor: int) -> Mesh:
+    return wmss.make_mesh(1, FSDP, tensor, devices=jax.devices()[: FSDP * tensor])
 
 
 @functools.cache
@@ -101,7 +105,7 @@ def report_doubling(compute_dtype: str, tensor: int, T: int = 4096) -> None:
     The default chunk, at a T where the smaller V fills it already: twice the vocabulary is then in half the chunk, and
     what grows is the head alone: gathered in 2 bytes for every role, and 4 of the gradient of the trained one.
     """
-    mesh = wmss.make_mesh(1, FSDP, tensor)
+    mesh = _mesh(tensor)
     small, large = VOCABS[-2:]
     for variant, roles in {"sft": 1, "resident": 2, "cached": 2, "lora": 2, "trained": 2}.items():
         first, second = (bytes_of(compiled(variant, T, V, None, compute_dtype, mesh)) for V in (small, large))
@@ -125,17 +129,18 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2 * FSDP)
     timing.say(timing.one_line(timing.machine()))
 
-    mesh = wmss.make_mesh(1, FSDP, 1)
+    mesh = _mesh(1)
     size = lambda variant, T, V, chunk: bytes_of(compiled(variant, T, V, chunk, dtype, mesh))
     grid = [(T, V) for T in TOKENS for V in VOCABS]
-    sizes = {(variant, T, V): size(variant, T, V, None) for variant in VARIANTS for T, V in grid}
+    sizes = {(variant, T, V): size(variant, T, V, None) for variant in ("sft", "cached") for T, V in grid}
+    sizes |= {(variant, *grid[-1]): size(variant, *grid[-1], None) for variant in VARIANTS}
     eighth = {(variant, T, V): size(variant, T, V, T // 8) for variant in ("sft", "cached") for T, V in grid}
     report_cached(sizes, eighth)
     for tensor in (1, 2):
         report_doubling(dtype, tensor)
 
     T, V = 1024, 65536  # T and T/8 differ from D and its shards
-    for where, mesh in {"one_device": None, "fsdp_8_tensor_2": wmss.make_mesh(1, FSDP, 2)}.items():
+    for where, mesh in {"one_device": None, "fsdp_8_tensor_2": _mesh(2)}.items():
         logits = T * V // (1 if mesh is None else mesh.shape["tensor"])
         programs = [compiled(variant, T, V, T // 8, dtype, mesh) for variant in VARIANTS]
         share = max(largest_logits_buffer(program.as_text(), V, mesh) for program in programs) / logits

@@ -22,7 +22,7 @@ import numpy as np
 from wmss_jax import data, scoring
 from wmss_jax.models import CausalLM, qwen3
 
-EXAMPLES = 120
+EXAMPLES = 40
 SEQ_LEN, BATCH_SIZE = 512, 4
 TOLERANCE = 1e-3  # of a mean entropy, in nats
 
