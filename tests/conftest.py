@@ -27,6 +27,15 @@ def golden() -> Path:
     return Path(__file__).parent / "golden"
 
 
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """What one test of a worker compiled, those of its module find."""
+    import recipes
+
+    with recipes.compiled_once(tmp_path_factory):
+        yield
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

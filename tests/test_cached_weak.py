@@ -20,10 +20,7 @@ MODEL = tiny.model(vocab_size=300)
 BF16 = dataclasses.replace(MODEL, compute_dtype="bfloat16")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    with recipes.compiled_once(tmp_path_factory):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

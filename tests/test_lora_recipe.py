@@ -18,10 +18,7 @@ LORA = ("lora={rank: 4, alpha: 8, targets: [q_proj, mlp.down_proj]}", "curriculu
 SIZES = {"L": 2, "D": 32, "NH": 64, "F": 48}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    with recipes.compiled_once(tmp_path_factory):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,7 @@ MODEL = tiny.model(vocab_size=400)
 LONGEST = 48
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    with recipes.compiled_once(tmp_path_factory):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def prepared(root, tokenizer=None, n=21):

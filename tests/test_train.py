@@ -23,10 +23,7 @@ ADAM = config.OptimizerConfig(peak_lr=3e-3, warmup_fraction=0.4, schedule="cosin
 EMA = ADAM.model_copy(update={"ema_decay": 0.6})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    with recipes.compiled_once(tmp_path_factory):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from wmss_jax import digests
+from wmss_jax import digests, durable
 from wmss_jax.digests import DIGESTS, CheckpointDamaged, Level, verify
 
 FORMAT = 1
@@ -258,13 +258,12 @@ def _finish(orbax: ocp.AsyncCheckpointer, partial: Path, final: Path) -> None:
         orbax.wait_until_finished()
         if jax.process_index() == 0:
             digests.write(partial)
-            for path in (*partial.rglob("*"), partial):
-                _sync(path)
+            durable.sync_tree(partial)
             replaced = final.with_name(f"{final.name}.partial-old")
             if final.exists():
                 final.rename(replaced)
             partial.rename(final)
-            _sync(final.parent)
+            durable.sync(final.parent)
             shutil.rmtree(replaced, ignore_errors=True)
     except Exception as error:  # TensorStore's are ValueErrors, whatever the disk said
         shutil.rmtree(partial, ignore_errors=True)
@@ -278,14 +277,6 @@ def _others_wait() -> Iterator[None]:
         yield
     finally:  # by the coordination service, because collectives belong to the main thread
         ocp.multihost.get_barrier_sync_fn()(key=f"wmss-checkpoint-{next(_barriers)}", timeout_ms=_TIMEOUT_S * 1000)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _meta_text(meta: Mapping[str, Any], step: int | None = None, metric: float | None = None) -> str:

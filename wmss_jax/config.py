@@ -11,7 +11,6 @@ of arXiv 2602.08222, and the released code (25ac32f).
 import hashlib
 import json
 import re
-import string
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Annotated, Any, Literal
@@ -20,7 +19,6 @@ import pydantic
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -29,102 +27,20 @@ from pydantic import (
 )
 
 from wmss_jax import yamlfile
+from wmss_jax.sources import Section, Source, SourceConfig, Sources, Text
 from wmss_jax.yamlfile import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
 LossOn = Literal["completion", "all"]
-Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # per step; 1 would never let anything new in
 
 # The stages, models and directories of a run, which no control may be named after.
 RESERVED = ("pretrain", "sft", "score", "curriculum", "joint", "export", "eval")
-RESERVED += ("init", "stages", "assets", "cache", "scores", "M0", "M1")
-
-
-class _Section(BaseModel):
-    model_config = pydantic.ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,  # `seed: true` and `seed: "42"` are mistakes; 1 is accepted for 1.0
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
+RESERVED += ("init", "stages", "assets", "cache", "scores", "weak_cache", "M0", "M1")
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
-
-_COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]]+(?:\[[^\[\]]+\])*")
-
-
-def _template(text: str) -> str:
-    try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
-    except ValueError as error:
-        raise ValueError(f"{text!r} is no template: {error}; a brace of the text is written twice") from error
-    wrong = [field for field in fields if not _COLUMN.fullmatch(field)]
-    if wrong:
-        raise ValueError(f"{{{wrong[0]}}} is no column: write {{column}}, {{column[0]}} or {{column[key]}}")
-    if not fields:
-        raise ValueError(f"{text!r} is the same for every row; a column's value is written {{column}}")
-    return text
-
-
-Template = Annotated[str, AfterValidator(_template)]
-
-
-class SourceConfig(_Section):
-    """Rows of a file or a hub data set, and how text is made of them; a plain string is its path.
-
-    Without `messages`, `text` and `prompt` the rows' own columns decide: messages, prompt and completion, question and
-    answer, or text. Templates are Python's format strings over columns: "{Body} {Question}", "{lEquations[0]}".
-    """
-
-    path: Text
-    """JSONL file, JSON file with one list (both also .gz), Parquet file, or hub id owner/name. A relative path starts
-    at `data`."""
-    split: Text | None = None
-    """Split of a hub data set; null: train."""
-    messages: Text | None = None
-    """Column with a list of {role, content}."""
-    text: Template | None = None
-    """Text without a prompt; all of it is trained."""
-    prompt: Template | None = None
-    """What the model is given."""
-    completion: Template | None = None
-    """What it is to answer."""
-    answer: Template | None = None
-    """What a grader compares the answer with; training does not look at it."""
-    limit: PositiveInt | None = None
-    """Rows from the start that are used; null: all."""
-
-    @pydantic.model_validator(mode="after")
-    def _one_meaning(self) -> "SourceConfig":
-        given = [name for name in ("messages", "text", "prompt", "completion") if getattr(self, name) is not None]
-        if len(given) > 1 and given != ["prompt", "completion"]:
-            raise ValueError(f"{' and '.join(given)} are given; keep messages, or text, or prompt and completion")
-        if given == ["completion"]:
-            raise ValueError("completion is given without prompt")
-        if given == ["prompt"] and self.answer is None:
-            raise ValueError("prompt is given without completion (to train on) or answer (to grade with)")
-        return self
-
-
-def _from_path(source: Any) -> Any:
-    return {"path": source} if isinstance(source, str) else source
-
-
-def _listed(sources: Any) -> Any:
-    if isinstance(sources, list):
-        return tuple(sources)
-    return (sources,) if isinstance(sources, str | Mapping | SourceConfig) else sources
-
-
-def _trainable(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-    for index, source in enumerate(sources):
-        if source.prompt is not None and source.completion is None:
-            raise ValueError(f"source {index} has a prompt without completion, so it has nothing to take a loss on")
-    return sources
 
 
 def _some(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
@@ -133,15 +49,7 @@ def _some(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
     return sources
 
 
-Source = Annotated[SourceConfig, BeforeValidator(_from_path, json_schema_input_type=SourceConfig | Text)]
-Sources = Annotated[
-    tuple[Source, ...],
-    BeforeValidator(_listed, json_schema_input_type=Source | list[Source]),
-    AfterValidator(_trainable),
-]
-
-
-class DatasetConfig(_Section):
+class DatasetConfig(Section):
     """The training examples and how they become batches."""
 
     train: Annotated[Sources, AfterValidator(_some)]
@@ -175,14 +83,14 @@ class DatasetConfig(_Section):
 # -- models and optimization ------------------------------------------------------------------------------------------
 
 
-class TokenizerConfig(_Section):
+class TokenizerConfig(Section):
     """A byte-pair tokenizer that is trained on the training texts."""
 
     vocab_size: PositiveInt
     """Most tokens it may have, special ones included."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The model that is trained: a checkpoint to start from, or a bare architecture."""
 
     path: Text | None = None
@@ -218,7 +126,7 @@ def _axis(size: int) -> int:
 _Axis = Annotated[int, AfterValidator(_axis), Field(json_schema_extra={"anyOf": [{"minimum": 1}, {"const": -1}]})]
 
 
-class MeshConfig(_Section):
+class MeshConfig(Section):
     """Devices along each mesh axis; -1, on one axis at most, takes all that remain."""
 
     data: _Axis = 1
@@ -236,7 +144,7 @@ class MeshConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """Train low-rank adapters (arXiv 2106.09685) instead of all parameters, in every stage but `pretrain`.
 
     The base's weights are there once and serve both roles: the weak agent M0 is the base without adapter.
@@ -250,7 +158,7 @@ class LoraConfig(_Section):
     """Names of the matrices with adapters, as PEFT matches them: [q_proj, v_proj]; all: every matrix of the layers."""
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule, made anew for every training stage."""
 
     peak_lr: PositiveFloat = 1e-5
@@ -286,7 +194,7 @@ class OptimizerConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The loop, alike in every training stage."""
 
     micro_batches: PositiveInt = 1
@@ -317,7 +225,7 @@ class TrainConfig(_Section):
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
-class StageConfig(_Section):
+class StageConfig(Section):
     """One training stage: its length, and where it departs from the recipe."""
 
     epochs: PositiveInt = 1
@@ -339,7 +247,7 @@ class PretrainConfig(StageConfig):
     """Examples of this stage alone; empty: those of `dataset`."""
 
 
-class ScoreConfig(_Section):
+class ScoreConfig(Section):
     """The entropies of the weak and the strong agent on every training example."""
 
     shifted: bool = True
@@ -348,7 +256,7 @@ class ScoreConfig(_Section):
     """Packed rows a forward pass, over all devices; null: those of a micro-batch of training."""
 
 
-class CurriculumConfig(_Section):
+class CurriculumConfig(Section):
     """From the entropies of the weak and the strong agent to the examples of the joint stage."""
 
     variant: Literal["v1", "v2"] = "v1"
@@ -382,7 +290,7 @@ class CurriculumConfig(_Section):
         return self
 
 
-class ObjectiveConfig(_Section):
+class ObjectiveConfig(Section):
     """An objective by name; the other keys are its hyper-parameters.
 
     They are free-form here and checked by `build` against the objective's own dataclass, because a new objective is one
@@ -395,7 +303,7 @@ class ObjectiveConfig(_Section):
     """Which row of OBJECTIVES."""
 
 
-class WeakConfig(_Section):
+class WeakConfig(Section):
     """The weak agent of the joint stage."""
 
     trainable: bool = False
@@ -430,7 +338,7 @@ class JointConfig(StageConfig):
     """Draw the examples by the curriculum; false: each once an epoch, shuffled."""
 
 
-class ControlConfig(_Section):
+class ControlConfig(Section):
     """A further arm to compare with: the joint stage, from the same start and as long, but for what is given here."""
 
     objective: ObjectiveConfig | None = None
@@ -462,7 +370,7 @@ def _arm_name(text: str) -> str:
     return _name(text)
 
 
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """Problems that are answered by greedy decoding and graded."""
 
     source: Source
@@ -484,7 +392,7 @@ class TaskConfig(_Section):
         return self
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """Measurements on data that is not trained on."""
 
     data: Sources = ()
@@ -493,7 +401,7 @@ class EvalConfig(_Section):
     """Optimizer steps between two measurements of that loss; null: at the end of a stage only."""
     keep_best: bool = False
     """Go on from the checkpoint with the lowest held-out loss of a stage instead of its last."""
-    tasks: dict[Annotated[str, AfterValidator(_name)], TaskConfig] = {}
+    tasks: dict[Annotated[str, AfterValidator(_name)], TaskConfig] = {}  # noqa: RUF012  (pydantic copies it)
     """Problem sets by name, answered by M0, M1 and what every arm ends with."""
 
     @pydantic.model_validator(mode="after")
@@ -503,7 +411,7 @@ class EvalConfig(_Section):
         return self
 
 
-class ExportConfig(_Section):
+class ExportConfig(Section):
     """The trained model as a Hugging Face directory."""
 
     calibrate: Literal["none", "lambda"] = "none"
@@ -514,7 +422,7 @@ class ExportConfig(_Section):
     `model.path`."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run: (pre-training,) SFT, scores, curriculum, joint training with the weak agent, export, evaluation."""
 
     work_dir: Text
@@ -545,7 +453,7 @@ class RunConfig(_Section):
     """Which examples the joint stage sees, and how often."""
     joint: JointConfig = JointConfig()
     """Training of M1 with the weak agent M0."""
-    controls: dict[Annotated[str, AfterValidator(_arm_name)], ControlConfig] = {}
+    controls: dict[Annotated[str, AfterValidator(_arm_name)], ControlConfig] = {}  # noqa: RUF012
     """Further arms by name, each from the same M1 and as long as `joint`; see `arms`."""
     rounds: PositiveInt = 1
     """Rounds of scores, curriculum and joint training after the SFT; the weak agent of round t is the strong one of
@@ -639,7 +547,7 @@ def build[T](table: Mapping[str, type[T]], spec: Mapping[str, Any], where: str) 
 
 def _holder(cls: type) -> Any:
     # A field of a section, because pydantic hands the section's strictness on to a dataclass.
-    return pydantic.create_model("Holder", __base__=_Section, spec=(cls, ...))
+    return pydantic.create_model("Holder", __base__=Section, spec=(cls, ...))
 
 
 def json_schema(tables: Mapping[str, Mapping[str, type]] | None = None) -> dict[str, Any]:

@@ -123,12 +123,11 @@ def save(
     """
     source = None if tokenizer_from is None else resolve(tokenizer_from)
     with new_directory(out_dir) as directory:
-        dtypes = dict(model.file_dtypes) or {row.path: str(_leaf(params, row).dtype) for row in model.rows}
+        dtypes = dict(model.file_dtypes) or {row.path: str(leaf_of(params, row).dtype) for row in model.rows}
         config = _merged_config(model, dtypes["embed"], source)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in CARRIED:
-            if source is not None and (source / name).exists():
-                shutil.copyfile(source / name, directory / name)
+        if source is not None:
+            carry(source, directory)
         sizes = {
             name: math.prod(row.their_shape(model.config.sizes)) * jnp.dtype(dtypes[row.path]).itemsize
             for row in model.rows
@@ -180,6 +179,13 @@ def from_config(hf: Mapping[str, Any], **settings: Any) -> CausalLM:
     if arch not in ARCHS:
         raise ValueError(f"config.json: model_type {arch!r} is not implemented; implemented: {', '.join(ARCHS)}")
     return CausalLM(arch, ARCHS[arch].from_hf(dict(hf)), **settings)
+
+
+def carry(source: Path, directory: Path) -> None:
+    """Copy what makes a directory usable besides weights and config: those of the CARRIED files that there are."""
+    for name in CARRIED:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
 
 
 @contextlib.contextmanager
@@ -278,13 +284,14 @@ def _check_names_and_shapes(model: CausalLM, directory: Path, tensors: dict[str,
 def _their_tensors(model: CausalLM, params: PyTree, dtypes: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
     sizes = model.config.sizes
     for row in model.rows:
-        leaf = _leaf(params, row)
+        leaf = leaf_of(params, row)
         for layer, name in enumerate(row.names(sizes)):
             array = np.asarray(leaf[layer] if row.stacked else leaf)
             yield name, row.to_theirs(array, sizes).astype(jnp.dtype(dtypes[row.path]))
 
 
-def _leaf(params: PyTree, row: Row) -> Array:
+def leaf_of(params: PyTree, row: Row) -> Array:
+    """Return the parameter that a row is about."""
     for name in row.path.split("."):
         params = params[name]
     return params

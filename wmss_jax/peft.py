@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +33,7 @@ def save(
     assert model.lora is not None
     tensors = {}
     for row in model.rows:
-        leaf = adapter
-        for key in row.path.split("."):
-            leaf = leaf[key]
+        leaf = hf.leaf_of(adapter, row)
         for layer, name in enumerate(row.names(model.sizes)):
             tensors[name] = row.to_theirs(np.asarray(leaf[layer]), model.sizes)
     settings = {
@@ -54,6 +51,5 @@ def save(
     with hf.new_directory(out_dir) as directory:
         (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
-        for name in hf.CARRIED:
-            if tokenizer_from is not None and (Path(tokenizer_from) / name).exists():
-                shutil.copyfile(Path(tokenizer_from) / name, directory / name)
+        if tokenizer_from is not None:
+            hf.carry(Path(tokenizer_from), directory)

@@ -36,7 +36,7 @@ from wmss_jax import (
     scoring,
     selection,
     train,
-)  # fmt: skip
+)
 from wmss_jax.evals.tasks import evaluate_all, read_tasks
 from wmss_jax.runs import Run, prepare
 from wmss_jax.stages import ModelRef

@@ -127,9 +127,7 @@ def _assets(recipe: config.RunConfig, work: Path) -> Any:
                 made = tokenizer.train(_texts(recipe), m.tokenizer.vocab_size, new)
             else:
                 made = tokenizer.load(found)
-                for name in hf.CARRIED:
-                    if (found / name).exists():
-                        shutil.copyfile(found / name, new / name)
+                hf.carry(found, new)
             if len(made) > settings.get("vocab_size", 0):
                 raise ValueError(
                     f"the tokenizer has {len(made)} tokens, the model's vocabulary {settings.get('vocab_size')}: "
