@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wmss_jax import head
+from wmss_jax import diagnostics, head, sharding
 from wmss_jax.objectives import Context, LogitMix, entropy, nll
 
 D, V, ROWS, T = 8, 20, 4, 6
@@ -101,6 +101,74 @@ def test_score_equals_dense(chunk_tokens):
     np.testing.assert_allclose(scores["margin"].reshape(-1), margin, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("V, vocab_size", [(1, None), (13, None), (34, 31), (96, 91), (272, 272)])
+@pytest.mark.parametrize("scale", [0.1, 5.0, 1e4])
+def test_the_summary_equals_each_figure_by_itself(V, vocab_size, scale):
+    """Also where a softmax is one-hot, and where V has no divisor to fold it by."""
+    rng = np.random.default_rng(0)
+    z = jnp.asarray(rng.normal(3, scale, (7, V)), jnp.float32)
+    z = head.Settings(vocab_size=vocab_size).finish(z, "strong")
+    targets = jnp.asarray(rng.integers(0, vocab_size or V, 7), jnp.int32)
+    found = jax.jit(diagnostics.summary, static_argnums=2)(z, targets, vocab_size)
+    expected = {
+        "entropy": entropy(z), "nll": nll(z, targets), "margin": diagnostics.margin(z, targets, vocab_size),
+    }  # fmt: skip
+    assert found["entropy"].min() >= 0, "what no entropy is, the curriculum refuses"
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=3e-6, err_msg=name)
+
+
+WANTED = {
+    "none": np.zeros((ROWS, T), bool),
+    "all": np.ones((ROWS, T), bool),
+    "some": np.random.default_rng(2).random((ROWS, T)) < 0.4,
+    "none of a shard": np.arange(ROWS)[:, None] % 2 == np.ones((1, T)),
+    "the last": np.arange(ROWS * T).reshape(ROWS, T) == ROWS * T - 1,
+}
+each_wanted = pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+
+
+@each_wanted
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 100])
+def test_positions_not_wanted_get_0_and_change_no_other(wanted, chunk_tokens):
+    hiddens, unembeds, tokens = inputs()
+    settings = head.Settings(vocab_size=15, chunk_tokens=chunk_tokens, softcaps=(("strong", 2.0),))
+    score = lambda hidden, wanted: head.score(
+        unembeds["strong"], hidden, tokens.targets, settings, wanted_BT=jnp.asarray(wanted)
+    )
+    every = score(hiddens["strong"], np.ones_like(wanted))
+    found = score(jnp.where(wanted[..., None], hiddens["strong"], jnp.nan), wanted)
+    for name, x_BT in found.items():
+        np.testing.assert_allclose(x_BT, np.where(wanted, every[name], 0.0), rtol=1e-6, atol=1e-6)
+
+
+@each_wanted
+def test_a_mesh_scores_the_wanted_as_one_device(wanted):
+    """Shards that want less than others take as many turns; the vocabulary is split over two devices, and padded."""
+    hiddens, unembeds, tokens = inputs()
+    mesh = sharding.make_mesh(2, 2, 2)
+
+    def score(mesh):
+        with sharding.use(mesh):
+            settings = head.Settings(mesh, vocab_size=15, chunk_tokens=4)
+            return head.score(
+                unembeds["weak"], hiddens["weak"], tokens.targets, settings, wanted_BT=jnp.asarray(wanted)
+            )
+
+    found, expected = jax.jit(lambda: score(mesh))(), score(None)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_scores_see_the_soft_cap():
+    hiddens, unembeds, tokens = inputs()
+    settings = head.Settings(vocab_size=15, softcaps=(("strong", 1.5),), chunk_tokens=7)
+    scores = head.score(unembeds["strong"], hiddens["strong"], tokens.targets, settings)
+    z = head.logits(hiddens["strong"], unembeds["strong"], softcap=1.5)[..., :15].reshape(-1, 15)
+    np.testing.assert_allclose(scores["entropy"].reshape(-1), entropy(z), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores["nll"].reshape(-1), nll(z, tokens.targets.reshape(-1)), rtol=1e-5, atol=1e-6)
+
+
 def test_metrics_carry_no_gradient_and_evaluation_takes_none():
     hiddens, unembeds, tokens = inputs()
     metric = lambda W: head.loss(LogitMix(), W, hiddens, tokens, trainable=TRAINED, step=jnp.int32(0))[1]["accuracy"]
@@ -161,17 +229,20 @@ def test_a_frozen_head_of_a_trained_role_gets_no_gradient_and_costs_no_product()
 
 def test_the_chunk_follows_from_the_memory_of_all_tiles():
     tile = lambda chunk, V, tiles: chunk * V * tiles * 4
-    for V, tiles in ((65_000, 1), (65_000, 2), (32_000, 2)):
+    for V, tiles in ((65_000, 1), (32_000, 1), (32_000, 2)):
         chunk = head.Settings().chunk(10**6, V, tiles)
-        assert 0.9 * head.CPU_CHUNK_BYTES < tile(chunk, V, tiles) <= head.CPU_CHUNK_BYTES
+        assert 0.5 * head.CPU_CHUNK_BYTES < tile(chunk, V, tiles) <= head.CPU_CHUNK_BYTES and chunk % 128 == 0
     assert head.Settings().chunk(50, 32_000) == 50, "never longer than the tokens"
     assert head.Settings().chunk(10**6, 1_000_000) == 128, "a product of fewer rows wastes what multiplies"
     assert head.Settings(chunk_tokens=7).chunk(50, 32_000, 2) == 7
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 2, 4), ("data", "fsdp", "tensor"))
-    # A device has V / tensor.
-    assert head.Settings(mesh).chunk(10**6, 151_936) == 4 * head.CPU_CHUNK_BYTES // (4 * 151_936), (
-        "a device has V/tensor"
-    )
+    assert head.Settings(mesh).chunk(10**6, 4 * 32_000) == head.Settings().chunk(10**6, 32_000), "it has V/tensor"
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 512, 513, 1100, 4096, 10_000])
+def test_chunks_are_of_one_length_so_that_little_is_computed_in_vain(tokens):
+    chunk = head.Settings().chunk(tokens, 32_000)
+    assert -tokens % chunk < 128 * -(-tokens // chunk)
 
 
 def test_all_weights_zero_is_a_zero_loss():

@@ -109,6 +109,42 @@ def inspect(
 
 
 @app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="Recipe, or a model's config.json or directory.", metavar="CONFIG")],
+    overrides: Overrides = None,
+    topology: Annotated[
+        str, typer.Option(help="v5p:4x4x4 (v5e, v6e, tpu7x) or h100:1x4x8 (a100-80, h200, b200).")
+    ] = ...,  # pyright: ignore[reportArgumentType]  (required)
+    step: Annotated[Literal["sft", "joint", "score"], typer.Option(help="Which of the recipe's steps.")] = "joint",
+    search: Annotated[
+        bool, typer.Option("--search", help="Try other meshes, remat policies and micro-batches; rank what fits.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a plan.")] = False,
+) -> None:
+    """Compile a step for accelerators that are not there: does it fit, what does it send, how fast can it be?
+
+    Exit code 1 if it does not fit.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # an accelerator of this host may be in use, and is not needed
+    from wmss_jax import plan as planning
+    from wmss_jax import plan_search, topologies
+
+    devices = topologies.devices(topology)
+    recipe = planning.recipe(model, devices, overrides or ())
+    if search:
+        plans = plan_search.search(recipe, step, topology, devices, say=lambda line: typer.echo(line, err=True))
+        typer.echo("\n".join(json.dumps(p.as_json()) for p in plans) if as_json else plan_search.table(plans))
+        fits = bool(plans)
+    else:
+        found = planning.measure(recipe, step, topology, devices)
+        typer.echo(json.dumps(found.as_json()) if as_json else found.text())
+        fits = found.fits
+    raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
 def demo(work_dir: Annotated[Path, typer.Argument(help="Where it writes.")] = Path("runs/demo")) -> None:
     """Train, score, mix, export and evaluate a tiny model on additions, in about five minutes on two cores."""
     from wmss_jax import demo

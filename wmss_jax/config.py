@@ -106,6 +106,8 @@ class ModelConfig(Section):
     """Type of activations and matrix products; softmax, norms and the loss are in float32."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    attention: Literal["blockwise", "splash", "triton"] | None = None
+    """How attention is computed; null: as the devices want it, splash on TPUs, triton on GPUs, blockwise elsewhere."""
 
     @pydantic.model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":
@@ -499,11 +501,11 @@ class RunConfig(Section):
 
 
 def load[S: BaseModel](
-    path: str | PathLike[str],
+    source: str | PathLike[str] | Mapping[str, Any],
     overrides: Sequence[str] = (),
     schema: type[S] = RunConfig,  # pyright: ignore[reportArgumentType]  (PEP 696 needs 3.13)
 ) -> S:
-    """Returns the YAML file as a `schema`, after the overrides.
+    """Returns a YAML file, or a mapping, as a `schema`, after the overrides.
 
     Args:
       overrides: `key.path=value` each, the value in YAML; the last one wins, `key=` sets null.
@@ -511,7 +513,7 @@ def load[S: BaseModel](
     Raises:
       ConfigError: everything that is wrong, one line per problem, with the file or the override.
     """
-    data, origins = yamlfile.read(path, overrides)
+    data, origins = yamlfile.read(source, overrides)
     try:
         return schema.model_validate_json(json.dumps(data))
     except pydantic.ValidationError as error:

@@ -141,6 +141,14 @@ def shuffle(seed: int, epoch: int, n: int) -> Int64[np.ndarray, " n"]:
     return _generator(seed, epoch, _SHUFFLE).permutation(n)
 
 
+def picked(
+    loss_weights_BT: Float[np.ndarray, "B T"], example_index_BT: Integer[np.ndarray, "B T"], shifted: bool = True
+) -> Bool[np.ndarray, "B T"]:
+    """Returns the positions whose values `example_means` takes the mean of."""
+    trained_BT = loss_weights_BT > 0
+    return trained_BT if shifted else _moved_right(trained_BT, example_index_BT)
+
+
 def example_means(
     values_BT: Float[np.ndarray, "B T"],
     loss_weights_BT: Float[np.ndarray, "B T"],
@@ -169,9 +177,7 @@ def example_means(
     Raises:
       ValueError: an example without a target token, or in more than one row.
     """
-    picked_BT = loss_weights_BT > 0
-    if not shifted:
-        picked_BT = _moved_right(picked_BT, example_index_BT)
+    picked_BT = picked(loss_weights_BT, example_index_BT, shifted)
     # One code per (example, row), ascending by example; n are the positions that are not padding.
     B, inside_BT = len(values_BT), example_index_BT >= 0
     row_n = np.nonzero(inside_BT)[0]

@@ -4,8 +4,8 @@ The loss takes its gradients in the forward pass: per chunk, `jax.vjp` of the ob
 then dh = dz·Wᵀ and dW += hᵀ·dz written out with float32 accumulation. So no logits outlive their chunk, the backward
 recomputes nothing, a frozen role costs one matmul and the frozen head of a trained role (LoRA) two. Under a mesh the
 scan over chunks runs inside a shard_map over the batch axes; head weights are gathered before it and dW is summed
-after it, so that a chunk communicates over `tensor` alone: [chunk] scalars and [chunk, D], never anything of
-vocabulary size.
+after it, on every device its own part. So a chunk communicates over `tensor` alone: [chunk] scalars and [chunk, D],
+never anything of vocabulary size.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wmss_jax import diagnostics, matmul, precision, sharding
-from wmss_jax.objectives import Context, Objective, entropy, nll
+from wmss_jax.objectives import Context, Objective
 
 PADDED_LOGIT = -1e30  # of vocabulary rows that are only padding; -inf would give 0 · -inf = NaN when mixed
 # Of all roles' float32 logits tiles on one device, where the chunk is not given: long enough for the head's matrix not
@@ -28,6 +28,7 @@ PADDED_LOGIT = -1e30  # of vocabulary rows that are only padding; -inf would giv
 # seconds for 2,048).
 CHUNK_BYTES = 256 * 2**20
 CPU_CHUNK_BYTES = 64 * 2**20
+_EVEN = 128  # of which a chunk is a multiple: the side of a TPU's registers
 
 
 class Tokens(NamedTuple):
@@ -59,12 +60,20 @@ class Settings:
     z_loss: float = 0.0
     diagnose_every: int | None = None
 
+    @property
+    def tensor(self) -> int:
+        """Over how many devices the vocabulary is split."""
+        return 1 if self.mesh is None else self.mesh.shape["tensor"]
+
     def chunk(self, tokens: int, V: int, tiles: int = 1) -> int:
         """Return the chunk length for `tokens` tokens on one device, with so many logits tiles at once."""
-        tensor = 1 if self.mesh is None else self.mesh.shape["tensor"]
+        if self.chunk_tokens is not None:
+            return min(tokens, self.chunk_tokens)
         platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
         budget = CPU_CHUNK_BYTES if platform == "cpu" else CHUNK_BYTES
-        return min(tokens, self.chunk_tokens or max(128, budget * tensor // (4 * V * tiles)))
+        most = max(_EVEN, budget * self.tensor // (4 * V * tiles) // _EVEN * _EVEN)
+        # Chunks of one length, so that little of the last is filled up, and a multiple of what devices work in.
+        return min(tokens, -(-tokens // -(-tokens // most) // _EVEN) * _EVEN)
 
     def finish(self, z: Array, role: str) -> Array:
         """Return a role's logits from hidden·W: capped, and padding put out of reach."""
@@ -126,31 +135,50 @@ def score(
     targets_BT: Int[Array, "B T"],
     settings: Settings = Settings(),
     role: str = "strong",
+    wanted_BT: Bool[Array, "B T"] | None = None,
 ) -> dict[str, Float[Array, "B T"]]:
     """Return what every next-token distribution says of its target, float32 [B, T].
 
-    "entropy" and "nll" in nats, "margin" in logits: that of the target minus the mean of all others (PAPER §9).
+    "entropy" and "nll" in nats, "margin" in logits: that of the target minus the mean of all others (PAPER §9). Not
+    differentiable.
 
     Args:
         role: whose soft cap in `settings` these logits have.
+        wanted_BT: positions to score; all others get 0 and cost nothing. None: all are wanted.
     """
-
-    def scan(hidden_BTD: Array, unembed_DV: Array, targets_BT: Array) -> dict[str, Array]:
-        shape = targets_BT.shape
-        chunk = settings.chunk(targets_BT.size, unembed_DV.shape[-1])
-
-        def body(_: None, xs: tuple[Array, Array]) -> tuple[None, dict[str, Array]]:
-            z_NV = settings.finish(_matmul("ND,DV->NV", xs[0], unembed_DV), role)
-            scores = {"entropy": entropy(z_NV), "nll": nll(z_NV, xs[1])}
-            return None, {**scores, "margin": diagnostics.margin(z_NV, xs[1], settings.vocab_size)}
-
-        _, scores = jax.lax.scan(body, None, _chunked((hidden_BTD, targets_BT), chunk))
-        return jax.tree.map(lambda x: x.reshape(-1)[: targets_BT.size].reshape(shape), scores)
-
+    wanted_BT = jnp.ones(targets_BT.shape, bool) if wanted_BT is None else wanted_BT
+    shards = sharding.batch_shards(settings.mesh)
+    # Of the shard that has most: all make as many turns, so that what they exchange within one always meets.
+    most = jnp.max(jnp.sum(wanted_BT.reshape(shards, -1), axis=1))
+    run = functools.partial(_score, settings, role)
     with precision.matmuls_in(hidden_BTD.dtype):
         unembed_DV = _gathered(unembed_DV, hidden_BTD.dtype)
         rows = P(sharding.BATCH_AXES)
-        return _on_batch_shards(scan, settings.mesh, (rows, P(), rows), rows)(hidden_BTD, unembed_DV, targets_BT)
+        mapped = _on_batch_shards(run, settings.mesh, (rows, P(), rows, rows, P()), rows)
+        return mapped(hidden_BTD, unembed_DV, targets_BT, wanted_BT, most)
+
+
+def _score(
+    settings: Settings, role: str,
+    hidden_BTD: Array, unembed_DV: Array, targets_BT: Array, wanted_BT: Array, most: Array,
+) -> dict[str, Array]:  # fmt: skip
+    """Score the wanted positions of one batch shard, gathered chunk by chunk; `most` bounds how many there are."""
+    N, (D, V) = targets_BT.size, unembed_DV.shape
+    chunk = settings.chunk(N, V)
+    hidden_ND, targets_N, wanted_N = hidden_BTD.reshape(N, D), targets_BT.reshape(N), wanted_BT.reshape(N)
+    index_M = jnp.flatnonzero(wanted_N, size=N + -N % chunk, fill_value=0)  # M is N filled up to whole chunks
+
+    def turn(i: Array, found: dict[str, Array]) -> dict[str, Array]:
+        index_C = jax.lax.dynamic_slice_in_dim(index_M, i * chunk, chunk)
+        z_CV = settings.finish(_matmul("CD,DV->CV", hidden_ND[index_C], unembed_DV), role)
+        scores = diagnostics.summary(z_CV, targets_N[index_C], settings.vocab_size, settings.tensor)
+        put = lambda all_M, new_C: jax.lax.dynamic_update_slice_in_dim(all_M, new_C, i * chunk, 0)
+        return {name: put(found[name], scores[name]) for name in found}
+
+    nothing = {name: jnp.zeros(index_M.shape, jnp.float32) for name in ("entropy", "nll", "margin")}
+    found = jax.lax.fori_loop(0, (most + chunk - 1) // chunk, turn, nothing)
+    place_N = jnp.cumsum(wanted_N) - 1  # of a wanted position, in what was found
+    return {name: jnp.where(wanted_N, x_M[place_N], 0.0).reshape(wanted_BT.shape) for name, x_M in found.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -187,8 +215,7 @@ def _run(
     with precision.matmuls_in(next(iter(hiddens.values())).dtype):
         mapped = _on_batch_shards(scan, settings.mesh, in_specs, out_specs)
         sums, gradients = mapped(ready(trained), ready(frozen), tokens, step)
-    # dW leaves with a leading axis of shards and is summed out here, where the sum can end sharded over fsdp.
-    whole = lambda dW, role: sharding.constrain_params(jnp.sum(dW, axis=0), "D V").astype(trained.unembeds[role].dtype)
+    whole = lambda dW, role: _summed(dW, settings.mesh).astype(trained.unembeds[role].dtype)
     gradients = gradients._replace(unembeds={role: whole(dW, role) for role, dW in gradients.unembeds.items()})
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), gradients
 
@@ -218,7 +245,7 @@ def _scan(
         value, pull_back, metrics = jax.vjp(loss_of, z_trained, has_aux=True)
         (dz,) = pull_back(jnp.ones_like(value))
         if settings.diagnose_every:
-            metrics |= _diagnose(objective, settings, {**z, **finish(z_trained)}, dz["strong"], token, ctx)
+            metrics |= _diagnose(objective, settings, frozenset(trained.hiddens), unembeds, h, token, ctx)
         dz = {role: dz[role].astype(h[role].dtype) for role in dz}
         dh = {role: _matmul("NV,DV->ND", dz[role], unembeds[role]).astype(h[role].dtype) for role in dz}
         dW = {role: dW[role] + _matmul("DN,NV->DV", matmul.transposed(h[role], (1, 0)), dz[role]) for role in dW}
@@ -229,6 +256,18 @@ def _scan(
     dh = {role: _unchunked(dh[role], hiddens[role].shape) for role in dh}
     gradients = Inputs(dh, {role: dW[role][None] for role in dW})
     return jax.tree.map(lambda x: jnp.sum(x, axis=0)[None], sums), gradients
+
+
+def _summed(dW_1DV: Array, mesh: Mesh | None) -> Array:
+    """Return Σ dW over the batch shards, on every device its own part, from [shards, D, V]."""
+    if sharding.batch_shards(mesh) == 1:
+        return dW_1DV[0]
+    # Over all axes: within the scan's shard_map, which leaves `tensor` to the partitioner, it would gather V for this.
+    scatter = lambda dW_1DV: jax.lax.psum_scatter(dW_1DV[0], "fsdp", scatter_dimension=0, tiled=True)
+    return jax.shard_map(
+        lambda dW_1DV: jax.lax.psum(scatter(dW_1DV), "data"), mesh=mesh,
+        in_specs=P(sharding.BATCH_AXES, None, "tensor"), out_specs=sharding.spec("D V", sharding.PARAM_AXES),
+    )(dW_1DV)  # fmt: skip
 
 
 def _weighted(
@@ -244,16 +283,31 @@ def _weighted(
 
 
 def _diagnose(
-    objective: Objective, settings: Settings, z: dict[str, Array], dz_strong_NV: Array, token: Tokens, ctx: Context
-) -> dict[str, Array]:
-    """Return the weighted sums of the diagnostics over one chunk, NaN in the steps that take none."""
+    objective: Objective, settings: Settings, trained: frozenset[str], unembeds: dict[str, Array],
+    h: dict[str, Array], token: Tokens, ctx: Context,
+) -> dict[str, Array]:  # fmt: skip
+    """Return the weighted sums of the diagnostics over one chunk, NaN in the steps that take none.
 
-    def measure() -> dict[str, Array]:
-        # dz holds the token's weight; the figure is of the loss before weighting.
-        gradient_NV = dz_strong_NV / jnp.where(token.weights > 0, token.weights, 1.0)[:, None]
-        found = diagnostics.measure(objective, z, token.targets, ctx, gradient_NV, settings.vocab_size)
-        return {f"diagnostics/{name}": _total(x_N, token) for name, x_N in found.items()}
+    Of a few tokens at a time, and from logits made for this alone: kept for it, tiles would take their memory in every
+    step.
+    """
+    chunk = token.weights.size
+    piece = next(size for size in (256, 128, 64, chunk) if chunk % size == 0)
+    finish = lambda z: {role: settings.finish(z[role], role) for role in z}
 
+    def of_piece(i: Array) -> dict[str, Array]:
+        cut = lambda tree: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * piece, piece), tree)
+        part, here, h_part = cut(token), Context(ctx.step, cut(ctx.key_N)), cut(h)
+        z = {role: _matmul("ND,DV->NV", h_part[role], unembeds[role]) for role in h}
+        z_trained = {role: z.pop(role) for role in trained}
+        each = part._replace(weights=jnp.ones_like(part.weights))  # the loss before weighting
+        loss_of = lambda z_trained: _weighted(objective, settings, finish(z_trained), finish(z), each, here)[0]
+        gradient_NV = jax.grad(loss_of)(z_trained)["strong"]
+        named = finish({**z, **z_trained})
+        found = diagnostics.measure(objective, named, part.targets, here, gradient_NV, settings.vocab_size)
+        return {f"diagnostics/{name}": _total(x_N, part) for name, x_N in found.items()}
+
+    measure = lambda: jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(of_piece, jnp.arange(chunk // piece)))
     skip = lambda: {name: jnp.full(x.shape, jnp.nan, x.dtype) for name, x in jax.eval_shape(measure).items()}
     return jax.lax.cond((ctx.step + 1) % settings.diagnose_every == 0, measure, skip)
 

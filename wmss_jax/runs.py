@@ -29,9 +29,9 @@ class Run:
     say: Callable[[str], None]
 
     @property
-    def model_settings(self) -> tuple[tuple[str, str], ...]:
-        """compute_dtype and remat of every model of the run, as `ModelRef` takes them."""
-        return ("compute_dtype", self.recipe.model.compute_dtype), ("remat", self.recipe.model.remat)
+    def model_settings(self) -> tuple[tuple[str, str | None], ...]:
+        """Settings of every model of the run, as `ModelRef` takes them."""
+        return tuple((name, getattr(self.recipe.model, name)) for name in ("compute_dtype", "remat", "attention"))
 
     @property
     def lora(self) -> Lora | None:

@@ -61,7 +61,9 @@ def score(
     found = Scores(missing, missing.copy(), missing.copy(), np.zeros(len(dataset), np.int64))
     pending: tuple[dict[str, Array], dict[str, np.ndarray]] | None = None
     for batch in data.batches(dataset, plan, start_step=0, loss_on="completion"):
-        scores = score_batch(sharding.place_rows(batch, mesh))
+        weights, index = batch["loss_weights"], batch["example_index"]
+        wanted = curriculum.picked(weights, index) | curriculum.picked(weights, index, shifted)  # nll | entropy
+        scores = score_batch(sharding.place_rows({**batch, "wanted": wanted}, mesh))
         if pending is not None:  # reduced on the host while the device computes the next batch
             _reduce(*pending, shifted, found, keep)
         pending = scores, batch

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
@@ -49,8 +50,10 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
             f"mesh data={data} × fsdp={fsdp} × tensor={tensor} does not cover {len(devices)} devices; "
             f"the axes must multiply to {len(devices)}"
         )
+    # Where no mesh axis fits one of a TPU's (16 × 4 on 4 × 4 × 4 chips), parts of them are combined.
+    arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto, not the default Explicit: under Explicit a gather from an FSDP-sharded embedding is an error.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def use(mesh: Mesh | None):

@@ -99,13 +99,13 @@ class ModelRef:
 
     Attributes:
         role: None for a Hugging Face directory.
-        settings: compute_dtype and remat of the model that `load` returns.
+        settings: compute_dtype, remat and attention of the model that `load` returns.
         known_base: of an adapter, what it was trained on, where the caller has it; else its checkpoint says it.
     """
 
     directory: Path
     role: str | None
-    settings: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, str | None], ...] = ()
     known_base: "ModelRef | None" = dataclasses.field(default=None, compare=False)
 
     def load(self, mesh: Mesh | None, dtype: str | None = None) -> tuple[CausalLM, PyTree[Array]]:
@@ -123,7 +123,7 @@ class ModelRef:
         """Return what lies on disk: of an adapter, the adapter alone."""
         in_hf = self.role is None
         model, params = hf.load(self.directory, mesh, dtype) if in_hf else self._role(mesh, dtype)
-        return dataclasses.replace(model, **dict(self.settings)), params
+        return dataclasses.replace(model, **dict[str, Any](self.settings)), params
 
     def load_head(self, mesh: Mesh | None) -> PyTree[Array]:
         """Return the parameters that make logits of hidden states; nothing else is read."""
@@ -167,7 +167,7 @@ class ModelRef:
         """The model without its parameters."""
         in_hf = self.role is None
         model = hf.model_of(self.directory) if in_hf else roles.models(self.directory)[str(self.role)]
-        return dataclasses.replace(model, **dict(self.settings))
+        return dataclasses.replace(model, **dict[str, Any](self.settings))
 
     @property
     def assets(self) -> Path:

@@ -215,13 +215,14 @@ def score(
     `curriculum.example_means` turns them into one number per example. Pure; jit it where it is called often.
 
     Args:
+        batch: may hold "wanted", bool [B, T]: the positions to score. All others then get 0 and cost no logits.
         with_hidden: add "hidden", the final-norm hidden states of the same pass, bfloat16 [B, T, D] (`weak_cache`).
     """
     full = complete(batch)
     settings = _of_models(head.Settings(mesh, chunk_tokens=chunk_tokens), {"strong": model})
     with sharding.use(mesh):
         hidden_BTD = model.hidden(params, full["tokens"], full["positions"], full["segments"])
-        scores = head.score(model.unembed(params), hidden_BTD, full["targets"], settings)
+        scores = head.score(model.unembed(params), hidden_BTD, full["targets"], settings, wanted_BT=full.get("wanted"))
         return {**scores, "hidden": hidden_BTD.astype(jnp.bfloat16)} if with_hidden else scores
 
 
@@ -256,17 +257,22 @@ def _weighted_loss(
     by_role = {role: _model(models, role) for role in objective.roles}
     whole = {role: _whole(model, role, {**frozen, **params}) for role, model in by_role.items()}
 
-    def hidden(role: str) -> Array:
+    def hidden(role: str, tokens_BT: Array) -> Array:
         known = batch.get(f"{role}_hidden")
         if known is not None:
-            return jax.lax.stop_gradient(known.astype(by_role[role].dtype(whole[role])))
-        h_BTD = by_role[role].hidden(whole[role], batch["tokens"], batch["positions"], batch["segments"])
-        return h_BTD if role in params else jax.lax.stop_gradient(h_BTD)
+            return known.astype(by_role[role].dtype(whole[role]))
+        return by_role[role].hidden(whole[role], tokens_BT, batch["positions"], batch["segments"])
 
+    tokens_BT = batch["tokens"]
+    frozen_roles = [role for role in objective.roles if role not in params]
+    hiddens = {role: jax.lax.stop_gradient(hidden(role, tokens_BT)) for role in frozen_roles}
+    # Frozen roles first: while they run nothing is kept for a backward pass yet, and of them only this is kept then.
+    tokens_BT, hiddens = jax.lax.optimization_barrier((tokens_BT, hiddens))
+    hiddens |= {role: hidden(role, tokens_BT) for role in objective.roles if role in params}
     return head.loss(
         objective,
         {role: model.unembed(whole[role]) for role, model in by_role.items()},
-        {role: hidden(role) for role in objective.roles},
+        {role: hiddens[role] for role in objective.roles},
         head.Tokens(batch["targets"], batch["loss_weights"], batch["example_index"], batch["positions"]),
         trainable=frozenset(params),
         frozen_heads=frozenset(role for role, model in by_role.items() if model.lora is not None),

@@ -5,6 +5,7 @@
 Nothing here knows what the settings mean: the models are elsewhere, this is how people write them and are answered.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -27,17 +28,21 @@ class ConfigError(ValueError):
 # -- from text to nested data -----------------------------------------------------------------------------------------
 
 
-def read(path: str | PathLike[str], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the file's mapping after the overrides, and {dotted path: who wrote what is there}, for `complaint`.
+def read(
+    source: str | PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the mapping after the overrides, and {dotted path: who wrote what is there}, for `complaint`.
 
     Args:
+      source: a YAML file, or a mapping as it is.
       overrides: `key.path=value` each, the value in YAML; the last one wins, `key=` sets null.
 
     Raises:
       ConfigError: a file that cannot be read or is no mapping; overrides that cannot be applied, one a line.
     """
-    data = _read(path)
-    origins = {"": str(path)}
+    given = isinstance(source, Mapping)
+    data = copy.deepcopy(dict(source)) if given else _read(source)
+    origins = {"": "the defaults" if given else str(source)}
     mistakes = []
     for text in overrides:
         try:

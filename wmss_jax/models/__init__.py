@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, PyTree
 
-from wmss_jax import head, precision, sharding
+from wmss_jax import attention, head, precision, sharding
 from wmss_jax.models import layers, lora, qwen3
 from wmss_jax.models.lora import Lora
 from wmss_jax.models.table import Row
@@ -32,6 +32,7 @@ class CausalLM:
         config: that family's `Config`.
         compute_dtype: of activations and matmuls; None computes in the dtype of the parameters.
         remat: what a layer keeps for the backward pass: "none" keeps all, "dots" matmul results, "full" nothing.
+        attention: the backend (`attention.Backend`); None: the one that the devices want.
         lora: with it the trained parameters are those of an adapter: `init`, `rows` and all that follows from them are
             the adapter's, and `hidden` takes what `adapt` makes of base and adapter.
         vocab_size: tokens that exist. Rows beyond it are padding and get no probability; None: every row is a token.
@@ -42,6 +43,7 @@ class CausalLM:
     config: Any
     compute_dtype: str | None = None
     remat: str = "none"
+    attention: str | None = None
     vocab_size: int | None = None
     lora: Lora | None = None
     file_dtypes: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
@@ -66,7 +68,7 @@ class CausalLM:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
         segments = jnp.ones_like(tokens) if segments is None else segments
         dtype = self.dtype(params)
-        with precision.matmuls_in(dtype):
+        with precision.matmuls_in(dtype), attention.using(self.attention):
             return self._merge(params).hidden(tokens, positions, segments, dtype=dtype, remat=self.remat)
 
     def decode(
