@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PLAN_VENV := .venv-plan
 
-.PHONY: test test-fast demo lint format constraints clean
+.PHONY: test test-fast test-plan demo lint format constraints clean
 
 test: $(INSTALLED)  ## the whole suite, two workers
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(INSTALLED)  ## without the tests marked slow
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-plan: $(PLAN_VENV)/.installed  ## steps compiled for TPUs and GPUs that are not there; minutes each for the largest
+	JAX_PLATFORMS=cpu $(PLAN_VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  -m "slow or not slow" tests/test_plan_8b.py tests/test_plan_*.py tests/test_topologies.py
 
 demo: $(INSTALLED)  ## the whole method on a tiny model, in about five minutes
 	$(BIN)/wmss demo
@@ -24,16 +29,18 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): EXTRAS := dev
+$(PLAN_VENV)/.installed: EXTRAS := dev,plan-tpu,plan-cuda
+%/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 	  { echo "Python >= 3.12 is needed, $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())'): make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[dev]" -c constraints.txt
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade uv
+	$*/bin/uv pip install --quiet --python $*/bin/python -e ".[$(EXTRAS)]" -c constraints.txt
 	@touch $@
 
 constraints:  ## exact versions of everything any extra installs, names and versions only
 	$(BIN)/uv pip compile pyproject.toml --all-extras --python-version 3.12 --no-header --no-annotate --upgrade -o constraints.txt
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PLAN_VENV) dist build .pytest_cache .ruff_cache

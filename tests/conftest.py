@@ -17,9 +17,18 @@ import jax
 import numpy as np
 import pytest
 
+# Tests are for the CPU devices; those marked `accelerator` ask for others by name, where there are any.
+PRESENT = [name for name, device in {"cuda": "/dev/nvidia0", "tpu": "/dev/vfio/0"}.items() if Path(device).exists()]
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", ",".join(["cpu", *PRESENT]))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", "")  # chosen: none. No recipe switches it on for the tests after it
+
+
+def accelerators() -> list[jax.Device]:
+    """The GPUs or TPUs that tests marked `accelerator` run on."""
+    return [device for name in PRESENT for device in jax.devices(name)]
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,15 @@
 """The harness of the benchmarks: fair rounds, paired ratios, one line of JSON a figure."""
 
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import timing
+from benchmarks import scaling, timing
+from wmss_jax import hlo, sharding
 
 
 def test_every_step_runs_once_a_round_and_not_always_in_the_same_order():
@@ -37,3 +42,37 @@ def test_threads_cannot_be_fixed_once_jax_has_made_its_own():
 
     with pytest.raises(RuntimeError, match="before jax is imported"):
         timing.pin()
+
+
+@pytest.mark.parametrize(
+    ("members", "axes"),
+    [
+        ((0, 1), ("tensor",)),
+        ((0, 2), ("fsdp",)),
+        ((1, 5), ("data",)),
+        ((0, 2, 4, 6), ("data", "fsdp")),
+        ((), ("data", "fsdp", "tensor")),
+    ],
+)
+def test_a_collective_spans_the_axes_its_devices_differ_in(members, axes):
+    one = hlo.Collective("all-reduce", bytes=4, times=1, depth=0, shapes=((1,),), members=members, source="")
+    assert scaling.axes(one, sharding.make_mesh(2, 2, 2)) == axes
+
+
+def test_a_vocabulary_is_known_by_its_shards_too():
+    assert scaling.vocabulary_sizes(1324, sharding.make_mesh(2, 1, 4)) == {1324, 662, 331}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu")
+def test_scaling_reads_its_figures_off_compiled_steps():
+    command = [sys.executable, "-m", "benchmarks.scaling", "--quick"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+    figures = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    value = lambda name: figures[f"scaling.{name}"]["value"]
+    assert value("total.4_chips.T_256") > value("arguments.4_chips.T_256") > 0
+    assert value("sent_per_token.in_loops.16_chips.T_256") > 0
+    assert 0.5 < value("memory_16_over_4") <= 1.02
+    assert 1 <= value("gradient_sums_per_step") <= 1.01, "every gradient is summed over data, and once"
+    assert value("vocabulary_in_loops") == 0

@@ -147,7 +147,7 @@ BAD_SECTIONS = [
     (
         {"controls": {"sft": {"resample": False}}},
         "controls.sft: the name is taken, as are pretrain, score, curriculum, joint, export, eval, init, stages, "
-        "assets, cache, scores, M0, M1",
+        "assets, cache, scores, weak_cache, M0, M1",
     ),
     # evaluation and export
     ({"eval": {"keep_best": True}}, "eval: keep_best needs data with held-out examples"),

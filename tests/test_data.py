@@ -312,7 +312,7 @@ def test_every_hosts_slice_is_that_of_a_single_host(hosts):
     dataset = made()
     plan = plan_of(dataset)
     whole = list(data.batches(dataset, plan))
-    readers = [data.batches(dataset, plan, host=host, hosts=hosts) for host in range(hosts)]
+    readers = [data.batches(dataset, plan, rows=rows) for rows in np.array_split(np.arange(4), hosts)]
     for batch, *slices in zip(whole, *readers, strict=True):
         assert all(len(part["tokens"]) == 4 // hosts for part in slices)
         assert_equal(batch, stacked(slices))
@@ -334,7 +334,7 @@ def test_resuming_on_another_number_of_hosts():
     plan = plan_of(dataset)
     whole = stacked(data.batches(dataset, plan))
     before = stacked(data.batch(dataset, plan, step) for step in range(3))
-    after = [data.batches(dataset, plan, start_step=3, host=host, hosts=2) for host in range(2)]
+    after = [data.batches(dataset, plan, start_step=3, rows=rows) for rows in ([0, 1], [2, 3])]
     after = stacked(stacked(slices) for slices in zip(*after, strict=True))
     assert_equal(whole, stacked([before, after]))
 
@@ -391,8 +391,7 @@ def test_leaving_early_stops_the_threads():
     [
         ({"start_step": -1}, "start_step = -1 is outside 0 to"),
         ({"start_step": 999}, "start_step = 999 is outside 0 to"),
-        ({"hosts": 3}, "host 0 of 3 cannot take a slice of batch_size = 4 rows"),
-        ({"host": 2, "hosts": 2}, "host 2 of 2 cannot take a slice"),
+        ({"rows": [3, 4]}, r"rows \[3, 4\] are not all among the 4 of a batch"),
         ({"loss_on": "prompt"}, "loss_on 'prompt' is unknown"),
     ],
 )

@@ -24,7 +24,7 @@ LAYERS = [
     ["models"],
     ["flops"],
     ["step"],
-    ["compilation", "tensorfile", "tracking", "tokenizer", "examples", "topologies"],
+    ["processes", "watchdog", "compilation", "tensorfile", "tracking", "tokenizer", "examples", "topologies"],
     ["hf", "encoding", "generate", "evals.graders"],
     ["checkpoint", "data", "evals.run", "peft"],
     ["roles", "weak_cache", "programs"],

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,6 +54,14 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema({"objective": OBJECTIVES}), indent=2))
 
 
+def _join() -> Callable[[str], None]:
+    """Join the other processes of this run, if it has several; return what prints a line, on the first of them."""
+    from wmss_jax import processes
+
+    processes.start()
+    return typer.echo if processes.first() else lambda line: None
+
+
 Recipe = Annotated[Path, typer.Argument(help="Recipe, a YAML file (see `wmss schema`).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, the value in YAML.", metavar="KEY=VALUE")]
 
@@ -63,7 +72,8 @@ def run(recipe: Recipe, overrides: Overrides = None) -> None:
     from wmss_jax import config, pipeline
 
     loaded = config.load(recipe, overrides or ())
-    typer.echo(pipeline.table(pipeline.run(loaded, say=typer.echo)))
+    say = _join()
+    say(pipeline.table(pipeline.run(loaded, say=say)))
 
 
 @app.command()
@@ -75,8 +85,10 @@ def train(
     """Carry a recipe out up to one training stage, and print where its checkpoint lies."""
     from wmss_jax import config, pipeline
 
-    summary = pipeline.run(config.load(recipe, overrides or ()), until=stage, say=typer.echo)
-    typer.echo(list(summary["models"].values())[-1])
+    loaded = config.load(recipe, overrides or ())
+    say = _join()
+    summary = pipeline.run(loaded, until=stage, say=say)
+    say(list(summary["models"].values())[-1])
 
 
 @app.command()
@@ -92,8 +104,10 @@ def score(
     """Score the recipe's training examples under any model: entropy, nll, margin and token count of each."""
     from wmss_jax import config, pipeline
 
-    pipeline.score_model(config.load(recipe, overrides or ()), model, out, cache_hidden, say=typer.echo)
-    typer.echo(f"wrote {out}")
+    loaded = config.load(recipe, overrides or ())
+    say = _join()
+    pipeline.score_model(loaded, model, out, cache_hidden, say=say)
+    say(f"wrote {out}")
 
 
 @app.command()
@@ -138,7 +152,12 @@ def plan(
         typer.echo("\n".join(json.dumps(p.as_json()) for p in plans) if as_json else plan_search.table(plans))
         fits = bool(plans)
     else:
-        found = planning.measure(recipe, step, topology, devices)
+        try:
+            found = planning.measure(recipe, step, topology, devices)
+        except planning.OutOfMemory as error:
+            said = {"topology": topology, "step": step, "fits": False, "reason": str(error)}
+            typer.echo(json.dumps(said) if as_json else f"{step} step on {topology}: {error}")
+            raise typer.Exit(1) from None
         typer.echo(json.dumps(found.as_json()) if as_json else found.text())
         fits = found.fits
     raise typer.Exit(0 if fits else 1)
@@ -161,8 +180,9 @@ def import_(
     """Turn a Hugging Face model into a checkpoint."""
     from wmss_jax import convert
 
+    say = _join()
     convert.import_(source, out, dtype=dtype)
-    typer.echo(f"wrote {out}")
+    say(f"wrote {out}")
 
 
 @convert_app.command()
@@ -174,8 +194,9 @@ def export(
     """Turn one role of a checkpoint into a Hugging Face model."""
     from wmss_jax import convert
 
+    say = _join()
     convert.export(checkpoint, out, role=role)
-    typer.echo(f"wrote {out}")
+    say(f"wrote {out}")
 
 
 @convert_app.command()

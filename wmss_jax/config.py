@@ -218,6 +218,9 @@ class TrainConfig(Section):
     """Newest checkpoints of a stage that are kept."""
     verify: Literal["full", "sizes"] = "full"
     """What is checked of a checkpoint before it is read: the checksum of every file, or its size only."""
+    stall_report_s: PositiveFloat | None = 900.0
+    """Seconds without a step after which a process says on stderr where it waits, with the stacks of its threads; null:
+    never. Compiling, loading and evaluating count, too."""
     tensorboard: bool = False
     """Write TensorBoard event files besides metrics.jsonl."""
     profile: PositiveInt | None = None

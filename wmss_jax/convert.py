@@ -7,8 +7,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from wmss_jax import hf, roles, tensorfile
+from wmss_jax import hf, roles, sharding, tensorfile
 from wmss_jax.stages import ModelRef
 
 
@@ -27,10 +28,10 @@ def import_(source: str | os.PathLike, out: str | os.PathLike, dtype: str | None
     """
     directory = hf.resolve(source)
     if hf.is_two_branch(directory):
-        model, branches, lam = hf.load_branches(directory, dtype=dtype)
+        model, branches, lam = hf.load_branches(directory, _mesh(), dtype)
         found, meta = {role: (model, params) for role, params in branches.items()}, {"lam": lam}
     else:
-        found, meta = {"strong": hf.load(directory, dtype=dtype)}, {}
+        found, meta = {"strong": hf.load(directory, _mesh(), dtype)}, {}
     roles.save(out, found, {"source": str(source), **meta}, assets_from=directory)
 
 
@@ -43,9 +44,14 @@ def export(source: str | os.PathLike, out: str | os.PathLike, role: str = "stron
         FileExistsError: `out` holds something.
         ValueError: the checkpoint is damaged or has no such role.
     """
-    model, params = ModelRef(Path(source), role).load(None)
+    model, params = ModelRef(Path(source), role).load(_mesh())
     assets = Path(source) / roles.ASSETS
     hf.save(model, params, out, tokenizer_from=assets if assets.is_dir() else None)
+
+
+def _mesh() -> Mesh | None:
+    """Return a mesh on which several processes hold a part each of what is converted; None for one process."""
+    return sharding.make_mesh() if jax.process_count() > 1 else None
 
 
 def check(source: str | os.PathLike) -> Iterator[tuple[str, bool]]:

@@ -226,25 +226,26 @@ def batch(
     *,
     loss_on: str = "completion",
     weak_hidden: Hidden | None = None,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> dict[str, Shaped[np.ndarray, "B T ..."]]:
-    """Return one step's batch, or a host's slice of it, as `packing.layout` lays rows out.
+    """Return one step's batch, or the given `rows` of it, as `packing.layout` lays rows out.
 
-    Host h of H has rows h·B/H to (h + 1)·B/H of the step's B: `tokens, targets, segments, positions, example_index`
-    int32[B/H, seq_len] and `loss_weights` float32[B/H, seq_len]; with `weak_hidden`, what that gives for the examples
-    lies beside their tokens under the same name, bfloat16[B/H, seq_len, D], and zeros beside padding.
+    `tokens, targets, segments, positions, example_index` int32[B, seq_len] and `loss_weights` float32[B, seq_len]; with
+    `weak_hidden`, what that gives for the examples lies beside their tokens under the same name,
+    bfloat16[B, seq_len, D], and zeros beside padding.
     """
-    share = plan.batch_size // hosts
-    rows = plan.rows_of(step)[host * share : (host + 1) * share]
+    of_step = plan.rows_of(step)
+    examples_of = of_step if rows is None else [of_step[row] for row in rows]
     laid_out = [
         packing.layout(
             [dataset.tokens(i) for i in row], [dataset.mask(i, loss_on) for i in row], row.tolist(), plan.seq_len
         )
-        for row in rows
+        for row in examples_of
     ]
     made = {name: np.stack([row[name] for row in laid_out]) for name in laid_out[0]}
-    return made if weak_hidden is None else {**made, "weak_hidden": _hidden_rows(rows, weak_hidden, plan.seq_len)}
+    return (
+        made if weak_hidden is None else {**made, "weak_hidden": _hidden_rows(examples_of, weak_hidden, plan.seq_len)}
+    )
 
 
 def _hidden_rows(rows: Sequence[np.ndarray], read: Hidden, seq_len: int) -> np.ndarray:
@@ -268,8 +269,7 @@ def batches(
     start_step: int = 0,
     loss_on: str = "completion",
     weak_hidden: Hidden | None = None,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[dict[str, Shaped[np.ndarray, "B T ..."]]]:
@@ -277,18 +277,18 @@ def batches(
 
     Args:
         start_step: nothing before it is read; `plan.total_steps` gives no batch.
-        host, hosts: whose slice of each batch; together the hosts have the whole of it, whatever their number.
+        rows: which of every batch are laid out (`sharding.local_rows`); None: all.
         threads, prefetch: threads that lay batches out, and batches (of host memory) ready ahead of use; 0: none.
 
     Raises:
-        ValueError: a step or host out of range, or hosts that do not divide the batch.
+        ValueError: a step or a row out of range.
     """
     if not 0 <= start_step <= plan.total_steps:
         raise ValueError(f"start_step = {start_step} is outside 0 to {plan.total_steps}")
-    if not 0 <= host < hosts or plan.batch_size % hosts:
-        raise ValueError(f"host {host} of {hosts} cannot take a slice of batch_size = {plan.batch_size} rows")
+    if rows is not None and not all(0 <= row < plan.batch_size for row in rows):
+        raise ValueError(f"rows {list(rows)} are not all among the {plan.batch_size} of a batch")
     encoding.loss_mask(np.zeros(1, bool), loss_on)  # says what is wrong before a thread does
-    make = functools.partial(batch, dataset, plan, loss_on=loss_on, weak_hidden=weak_hidden, host=host, hosts=hosts)
+    make = functools.partial(batch, dataset, plan, loss_on=loss_on, weak_hidden=weak_hidden, rows=rows)
     return _read(make, range(start_step, plan.total_steps), threads, prefetch)
 
 

@@ -42,7 +42,7 @@ ACCELERATORS = (
     Accelerator(r"TPU7x", 2307e12 / 2, 192 * _GIB / 2, 7380 * _GB / 2, 1200 * _GB / 4),
     # NVIDIA's data sheets of A100, H100, H200, HGX B200 and L4, tensor core FLOP/s without sparsity. An L4 has PCIe.
     Accelerator(r"NVIDIA A100.*80GB.*", 312e12, 80 * _GIB, 2039 * _GB, 600 * _GB / 2, 25 * _GB),
-    Accelerator(r"NVIDIA A100.*", 312e12, 40 * _GIB, 1555 * _GB, 600 * _GB / 2, 25 * _GB),
+    Accelerator(r"NVIDIA A100(?!.*80GB).*", 312e12, 40 * _GIB, 1555 * _GB, 600 * _GB / 2, 25 * _GB),
     Accelerator(r"NVIDIA H100.*HBM3", 989e12, 80 * _GIB, 3350 * _GB, 900 * _GB / 2, 50 * _GB),  # "H100 80GB HBM3", SXM
     Accelerator(r"NVIDIA H100 PCIe", 756e12, 80 * _GIB, 2000 * _GB, 600 * _GB / 2, 50 * _GB),
     Accelerator(r"NVIDIA H100 NVL", 835e12, 94 * _GB, 3900 * _GB, 600 * _GB / 2, 50 * _GB),

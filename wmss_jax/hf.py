@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
-from wmss_jax import tensorfile
+from wmss_jax import processes, tensorfile
 from wmss_jax.models import ARCHS, CausalLM, hf_config
 from wmss_jax.models.table import Row
 
@@ -111,7 +111,7 @@ def save(
 ) -> None:
     """Write a Hugging Face directory that transformers, vLLM and lm-eval load, each tensor in its source's dtype.
 
-    The directory appears whole or not at all.
+    The directory appears whole or not at all. On several processes all have to ask; process 0 writes, tensor by tensor.
 
     Args:
         out_dir: must not exist, or be empty.
@@ -122,8 +122,12 @@ def save(
         FileExistsError: `out_dir` holds something.
     """
     source = None if tokenizer_from is None else resolve(tokenizer_from)
+    dtypes = dict(model.file_dtypes) or {row.path: str(leaf_of(params, row).dtype) for row in model.rows}
+    if not processes.first():
+        for _ in _their_tensors(model, params, dtypes):
+            pass  # gives its parts of them
+        return
     with new_directory(out_dir) as directory:
-        dtypes = dict(model.file_dtypes) or {row.path: str(leaf_of(params, row).dtype) for row in model.rows}
         config = _merged_config(model, dtypes["embed"], source)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if source is not None:
@@ -286,7 +290,7 @@ def _their_tensors(model: CausalLM, params: PyTree, dtypes: Mapping[str, str]) -
     for row in model.rows:
         leaf = leaf_of(params, row)
         for layer, name in enumerate(row.names(sizes)):
-            array = np.asarray(leaf[layer] if row.stacked else leaf)
+            array = processes.whole(leaf[layer] if row.stacked else leaf)
             yield name, row.to_theirs(array, sizes).astype(jnp.dtype(dtypes[row.path]))
 
 

@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,14 +17,18 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _OPCODE = re.compile(r"\s([a-z][a-z0-9-]*)\(")
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"\bconstant\((\d+)\)")
+_INDEX = re.compile(r"\bget-tuple-element\(.*, index=(\d+)")
+_OPERAND = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(r"\b(?:calls|body|to_apply|called_computations|branch_computations|true_computation"
                      r"|false_computation)=(\{[^}]*\}|%?[\w.-]+)")  # fmt: skip
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _NAME = re.compile(r'op_name="([^"]*)"')
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}")
 _AXES = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
 class Collective(NamedTuple):
@@ -35,7 +39,7 @@ class Collective(NamedTuple):
         bytes: of the larger of what a device gives and what it gets, each time.
         times: how often a run of the program carries it out.
         depth: loops that it is inside of.
-        shapes: sizes of the arrays, each a tuple.
+        shapes: sizes of the arrays that a device gets, each a tuple.
         members: numbers of the devices that take part, in the first of the groups that do the same; of a permute, the
             first two; empty: all.
         source: the operation of the traced program that it stems from.
@@ -66,6 +70,7 @@ class Buffer(NamedTuple):
 
 
 class _Instruction(NamedTuple):
+    name: str
     opcode: str
     shape: str
     called: tuple[str, ...]
@@ -79,7 +84,7 @@ def collectives(text: str) -> list[Collective]:
         text: `compiled.as_text()`.
     """
     computations, entry = _parse(text)
-    return list(_walk(computations, entry, times=1, depth=0))
+    return list(_walk(computations, entry, times=1, depth=0, chains=set()))
 
 
 def largest_buffers(text: str, count: int = 5) -> list[Buffer]:
@@ -114,52 +119,93 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             current = computations.setdefault(header.group(2), [])
             entry = header.group(2) if header.group(1) else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
-            current.append(_instruction(found.group(2)))
+            current.append(_instruction(*found.groups()))
     return computations, entry
 
 
-def _instruction(rest: str) -> _Instruction:
-    opcode = _OPCODE.search(rest)
-    shape, name = (rest, "") if opcode is None else (rest[: opcode.start()], opcode.group(1))
+def _instruction(name: str, rest: str) -> _Instruction:
+    found = _OPCODE.search(rest)
+    shape, opcode = (rest, "") if found is None else (rest[: found.start()], found.group(1))
     called = tuple(part.strip("{}% ") for found in _CALLED.finditer(rest) for part in found.group(1).split(","))
-    return _Instruction(name, shape, called, rest)
+    return _Instruction(name, opcode, shape, called, rest)
 
 
-def _walk(computations: dict, name: str, times: int, depth: int) -> Iterator[Collective]:
+def _walk(computations: dict, name: str, times: int, depth: int, chains: set[str]) -> Iterator[Collective]:
     for i in computations.get(name, ()):
-        kind = i.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            yield _collective(i, kind, times, depth)
+        if i.opcode.endswith(("-done", "-update")):
             continue
-        loop = i.opcode == "while"
-        inside = (times * _trips(computations, i), depth + 1) if loop else (times, depth)
-        for called in i.called:
-            yield from _walk(computations, called, *inside)
+        kind = i.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            loop = i.opcode == "while"
+            inside = (times * _trips(computations, i), depth + 1) if loop else (times, depth)
+            for called in i.called:
+                yield from _walk(computations, called, *inside, chains)
+        elif not _seen(i, chains):
+            found = _collective(i, kind, times, depth)
+            # A TPU's reduce-scatter is a fusion of this name: of an all-reduce and the slices that are kept of it.
+            yield found._replace(kind="reduce-scatter") if name.startswith("all-reduce-scatter") else found
+
+
+def _seen(i: _Instruction, chains: set[str]) -> bool:
+    """Return whether a collective was met before: every fusion that takes an asynchronous one further on a TPU has it
+    in its text again, under the same chain_id.
+    """
+    chain = _CHAIN.search(i.line)
+    if chain is None or chain.group(1) not in chains:
+        chains |= {chain.group(1)} if chain else set()
+        return False
+    return True
 
 
 def _trips(computations: dict, loop: _Instruction) -> int:
     """Return how often a loop's body runs: as the text says, or the bound that its condition compares with."""
     if said := _TRIPS.search(loop.line):
         return int(said.group(1))
-    condition = _CONDITION.search(loop.line)
-    lines = [i.line for i in computations.get(condition.group(1), ())] if condition else []
-    return max((int(bound) for line in lines for bound in _CONSTANT.findall(line)), default=1)
+    found = _CONDITION.search(loop.line)
+    condition = computations.get(found.group(1), ()) if found else ()
+    bounds = [int(bound) for i in condition for bound in _CONSTANT.findall(i.line)]
+    return -(-max(bounds) // _stride(computations, loop, condition)) if bounds else 1
+
+
+def _stride(computations: dict, loop: _Instruction, condition: Iterable[_Instruction]) -> int:
+    """Return what a loop's body adds to the counter that its condition looks at: 2 where XLA unrolled it once."""
+    index = next((int(found.group(1)) for i in condition if (found := _INDEX.search(i.line))), None)
+    body = {i.name: i for name in loop.called for i in computations.get(name, ())}
+    results = [i for i in body.values() if i.opcode == "tuple"][-1:]  # the root comes last
+    if index is None or not results:
+        return 1
+    counter = body.get(_operands(results[0])[index])
+    added = [] if counter is None or counter.opcode != "add" else [body[x] for x in _operands(counter) if x in body]
+    return max((int(step) for i in added for step in _CONSTANT.findall(i.line)), default=1)
+
+
+def _operands(i: _Instruction) -> list[str]:
+    return _OPERAND.findall(i.line[len(i.shape) :].partition(")")[0])
 
 
 def _collective(i: _Instruction, kind: str, times: int, depth: int) -> Collective:
-    result = [(_bytes(shape), _sizes(shape)) for shape in _SHAPE.finditer(i.shape)]
-    if i.opcode.endswith("-start") or kind == "reduce-scatter":
-        # A -start's result lists what goes in and what comes out (and flags); a reduce-scatter takes in the more.
-        operands = [(_bytes(s), _sizes(s)) for s in _SHAPE.finditer(i.line[len(i.shape) : i.line.find(", channel")])]
-        sides = [side for side in (operands, result) if side]
-        result = max(sides, key=lambda side: max(size for size, _ in side))
-        if i.opcode.endswith("-start"):
-            result = [max(result)]
-    members = _members(i.line)
-    total = sum(size for size, _ in result)
-    if kind == "reduce-scatter" and members and total == sum(_bytes(s) for s in _SHAPE.finditer(i.shape)):
-        total *= len(members)  # the text did not show the operand
+    parts = _parts(i.shape)
+    # A -start's result lists what goes in, what comes out, and flags; an all-reduce's may be what comes out alone.
+    both = i.opcode.endswith("-start") and (kind != "all-reduce" or parts[0].startswith("("))
+    result = [(_bytes(shape), _sizes(shape)) for shape in _SHAPE.finditer(parts[1] if both else i.shape)]
+    members, total = _members(i.line), sum(size for size, _ in result)
+    if kind == "reduce-scatter":  # takes in the more
+        total *= max(1, len(members))
     return Collective(kind, total, times, depth, tuple(shape for _, shape in result), members, _source(i.line))
+
+
+def _parts(shape: str) -> list[str]:
+    """Return the elements of a tuple's shape, which may be tuples; any other shape is its own only element."""
+    if not shape.startswith("("):
+        return [shape]
+    parts, depth = [""], 0
+    for character in re.sub(r"\{[^}]*\}", "", shape[1:-1]):  # without layouts
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
 
 
 def _members(line: str) -> tuple[int, ...]:

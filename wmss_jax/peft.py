@@ -4,11 +4,10 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 from jaxtyping import Array, PyTree
 from safetensors.numpy import save_file
 
-from wmss_jax import hf
+from wmss_jax import hf, processes
 from wmss_jax.models import CausalLM
 
 
@@ -35,7 +34,9 @@ def save(
     for row in model.rows:
         leaf = hf.leaf_of(adapter, row)
         for layer, name in enumerate(row.names(model.sizes)):
-            tensors[name] = row.to_theirs(np.asarray(leaf[layer]), model.sizes)
+            tensors[name] = row.to_theirs(processes.whole(leaf[layer]), model.sizes)
+    if not processes.first():
+        return
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

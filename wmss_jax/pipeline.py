@@ -32,6 +32,7 @@ from wmss_jax import (
     hf,
     inspection,
     objectives,
+    processes,
     roles,
     scoring,
     selection,
@@ -98,7 +99,8 @@ def _run(
     if until is None:
         summary["export"] = export.export(run, lineage[-1], arms["joint"])
         summary["eval"] = evaluate_all(run, finals, tasks)
-        (run.work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        written = json.dumps(summary, indent=2) + "\n"
+        processes.by_first(lambda: (run.work / "summary.json").write_text(written))
     return summary
 
 

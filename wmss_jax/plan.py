@@ -9,6 +9,7 @@ No weights are read and nothing runs: a config.json is all of a model that is ne
 
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,10 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from wmss_jax import attention, config, hardware, hlo, programs, sharding
+from wmss_jax import attention, config, hardware, hlo, programs, sharding, yamlfile
+
+# As a TPU's compiler lists them where all but the last of the program fits.
+_ALLOCATION = re.compile(r'Size: ([\d.]+)([KMGT]?)B?\s+(?:Operator: op_name="([^"]*)".*\s+)?Shape: (\w+\[[\d,]*\])')
 
 
 class Plan(NamedTuple):
@@ -91,7 +95,7 @@ class Plan(NamedTuple):
             *(f"  {kind:<30}{gb(sent['in_loops'])} {gb(sent['outside'])}" for kind, sent in self.collectives.items()),
         ]
         if not self.fits:
-            lines += ["largest arrays, GB", *(f"  {gb(b.bytes)} {b.shape}  {b.source}" for b in self.largest)]
+            lines += _listed(self.largest)
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -99,6 +103,16 @@ class Plan(NamedTuple):
         largest = [buffer._asdict() for buffer in self.largest]
         more = {"total": self.total, "fits": self.fits, "step_seconds": self.step_seconds}
         return {**self._asdict(), "largest": largest, **more, "tokens_per_s": self.tokens_per_s}
+
+
+class Compiled(NamedTuple):
+    """A step compiled and not yet read: its HLO text, what XLA says of its memory, seconds that compiling took."""
+
+    program: programs.Program
+    mesh: Mesh
+    text: str
+    stats: Any
+    seconds: float
 
 
 def recipe(path: str | os.PathLike, devices: Sequence[jax.Device], overrides: Sequence[str] = ()) -> config.RunConfig:
@@ -110,9 +124,13 @@ def recipe(path: str | os.PathLike, devices: Sequence[jax.Device], overrides: Se
     if given.suffix != ".json" and not given.is_dir():
         return config.load(given, overrides)
     settings = given / "config.json" if given.is_dir() else given
-    bare = {"work_dir": "runs/plan", "model": {"config": str(settings)}, "dataset": {"train": "none.jsonl"}}
+    bare: dict[str, Any] = {"work_dir": "runs/plan", "model": {"config": str(settings)}}
+    bare["dataset"] = {"train": "none.jsonl"}
+    wanted, _ = yamlfile.read(bare, overrides)
+    if "batch_size" not in wanted["dataset"]:
+        bare["dataset"]["batch_size"] = wanted.get("train", {}).get("micro_batches", 1)  # a multiple of it, for now
     loaded = config.load(bare, overrides)
-    if any(override.startswith("dataset.batch_size=") for override in overrides):
+    if "batch_size" in wanted["dataset"]:
         return loaded
     rows = sharding.batch_shards(mesh_of(loaded, devices)) * loaded.train.micro_batches
     return loaded.model_copy(update={"dataset": loaded.dataset.model_copy(update={"batch_size": rows})})
@@ -128,12 +146,24 @@ def measure(recipe: config.RunConfig, name: programs.Step, topology: str, device
 
     Raises:
         ValueError: the mesh does not divide the batch, the model or the devices.
-        OutOfMemory: the compiler gave up; the message has what it said of the largest arrays.
+        OutOfMemory: the compiler gave up; the message has its reason and the largest arrays.
     """
+    return read(compiled(recipe, name, devices), recipe, name, topology, devices)
+
+
+def compiled(recipe: config.RunConfig, name: programs.Step, devices: Sequence[jax.Device]) -> Compiled:
+    """Return one step of the recipe compiled for these devices; raises as `measure` does."""
     mesh = mesh_of(recipe, devices)
     program = programs.of(recipe, name, mesh)
-    compiled, seconds = _compile(program)
-    text, stats = compiled.as_text(), compiled.memory_analysis()
+    executable, seconds = _compile(program)
+    return Compiled(program, mesh, executable.as_text(), executable.memory_analysis(), seconds)
+
+
+def read(
+    step: Compiled, recipe: config.RunConfig, name: programs.Step, topology: str, devices: Sequence[jax.Device]
+) -> Plan:
+    """Return what a compiled step says of itself."""
+    program, mesh, text, stats, seconds = step
     used = {kind: _bytes_per_device(tree) for kind, tree in program.arguments.items()}
     # Arrays lie in tiles, so that arguments may take more than their elements do.
     used["padding of these"] = max(0, stats.argument_size_in_bytes - sum(used.values()))
@@ -142,7 +172,8 @@ def measure(recipe: config.RunConfig, name: programs.Step, topology: str, device
     kind = devices[0].device_kind
     facts = hardware.facts(kind)
     assert facts is not None, kind
-    found = hlo.collectives(text)
+    # Members of a collective are numbered along the mesh.
+    found, placed = hlo.collectives(text), mesh.devices.flatten().tolist()
     return Plan(
         topology=topology, step=name, device_kind=kind, devices=len(devices), mesh=dict(mesh.shape),
         rows=program.rows, micro_batches=recipe.train.micro_batches, seq_len=program.seq_len,
@@ -151,14 +182,14 @@ def measure(recipe: config.RunConfig, name: programs.Step, topology: str, device
         seconds={
             "compute": program.flops * program.rows * program.seq_len / len(devices) / facts.bf16_flops,
             "memory": (stats.argument_size_in_bytes + stats.output_size_in_bytes) / facts.bandwidth,
-            "network": sum(one.sent / _rate(one, devices, facts) for one in found),
+            "network": sum(one.sent / _rate(one, placed, facts) for one in found),
         },
         collectives=hlo.by_kind(found), largest=hlo.largest_buffers(text), compile_seconds=seconds,
     )  # fmt: skip
 
 
 class OutOfMemory(ValueError):
-    """The compiler found no way to fit the program; the message is its own, largest arrays first."""
+    """The compiler found no way to fit the program; the message has its reason and the largest arrays."""
 
 
 def _compile(program: programs.Program) -> tuple[Any, float]:
@@ -169,7 +200,25 @@ def _compile(program: programs.Program) -> tuple[Any, float]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemory(str(error)) from error
+        raise OutOfMemory(_what_does_not_fit(str(error), program)) from error
+
+
+def _what_does_not_fit(said: str, program: programs.Program) -> str:
+    """Return the compiler's reason and the allocations it names, or else the largest of what the step is given."""
+    reason = re.search(r"(?i)ran out of memory.*?(?=\. |\.?\n|\.?$)", said)
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    named = _ALLOCATION.findall(said)
+    arrays = [hlo.Buffer(int(float(size) * units[unit]), shape, source) for size, unit, source, shape in named]
+    for path, leaf in jax.tree_util.tree_leaves_with_path({} if named else dict(program.arguments)):
+        shape = f"{leaf.dtype}{list(leaf.sharding.shard_shape(leaf.shape))}"
+        source = jax.tree_util.keystr(path, simple=True, separator=".")
+        arrays.append(hlo.Buffer(_bytes_per_device(leaf), shape, source))
+    largest = sorted(arrays, key=lambda array: -array.bytes)[:5]
+    return "\n".join([f"does not fit: {reason.group() if reason else said.splitlines()[0]}", *_listed(largest)])
+
+
+def _listed(arrays: Sequence[hlo.Buffer]) -> list[str]:
+    return ["largest arrays, GB", *(f"  {array.bytes / 1e9:9.3f} {array.shape}  {array.source}" for array in arrays)]
 
 
 def _rate(one: hlo.Collective, devices: Sequence[jax.Device], facts: hardware.Accelerator) -> float:

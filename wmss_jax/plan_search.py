@@ -27,19 +27,29 @@ def search(
 
     Args:
         say: is told of every plan as it is made.
+
+    Raises:
+        ValueError: no mesh divides batch and model, or the recipe asks for what the devices cannot do.
     """
-    found = []
+    found, refusals = [], []
     for mesh in _meshes(len(devices)):
         rows, policies = 1, list(layers.REMAT_POLICIES) if name != "score" else ["full"]
         while policies and rows <= MOST_ROWS:
             tried = _varied(recipe, mesh, policies[0], rows)
-            verdict, made = _verdict(tried, name, topology, devices)
+            try:
+                verdict, made = _verdict(tried, name, topology, devices)
+            except ValueError as error:  # the mesh does not divide the model
+                say(f"mesh {_shown(mesh)}: {error}")
+                refusals.append(error)
+                break
             say(f"mesh {_shown(mesh)}, remat {policies[0]}, {rows} rows: {verdict}")
             if made is None:
                 policies.pop(0)
             else:
                 found.append(made)
                 rows *= 2
+    if len(refusals) == len(list(_meshes(len(devices)))):
+        raise refusals[0]
     return sorted(found, key=lambda each: -each.tokens_per_s)
 
 
@@ -65,8 +75,6 @@ def _verdict(
         made = plan.measure(recipe, name, topology, devices)
     except plan.OutOfMemory:
         return "does not fit", None
-    except ValueError as error:  # the mesh does not divide the model
-        return str(error), None
     if not made.fits:
         return f"does not fit ({made.total / 1e9:.1f} GB)", None
     return f"{made.total / 1e9:.1f} GB, {made.tokens_per_s:,.0f} tokens/s at most", made
@@ -86,7 +94,7 @@ def _meshes(devices: int) -> Iterator[tuple[int, int, int]]:
 def _varied(recipe: config.RunConfig, mesh: tuple[int, int, int], remat: str, rows: int) -> config.RunConfig:
     data, fsdp, tensor = mesh
     shards = data * fsdp
-    parts = max(1, recipe.dataset.batch_size // (shards * rows))
+    parts = -(-recipe.dataset.batch_size // (shards * rows))
     put = lambda section, **values: section.model_copy(update=values)
     return put(
         recipe,

@@ -49,8 +49,9 @@ def of(recipe: config.RunConfig, name: Step, mesh: Mesh) -> Program:
     m, parts = recipe.model, recipe.train.micro_batches
     settings = hf.read_config(Path(m.config) if m.config is not None else hf.resolve(str(m.path)))
     model = hf.from_config(settings, compute_dtype=m.compute_dtype, remat=m.remat, attention=m.attention)
-    # A checkpoint's frozen weights are held as they are stored.
-    stored = str(settings.get("dtype") or settings.get("torch_dtype") or m.compute_dtype)
+    # Frozen weights are held as they are stored: a checkpoint's as its config.json says, ones made here as trained.
+    said = settings.get("dtype") or settings.get("torch_dtype") or m.compute_dtype
+    stored = m.param_dtype if recipe.pretrain is not None else str(said)
     if name == "score":
         return _score(recipe, model, stored, mesh)
     _check_rows("dataset.batch_size", recipe.dataset.batch_size, parts, mesh)

@@ -9,9 +9,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from wmss_jax import checkpoint, compilation, config, data, examples, hf, sharding, stages, tokenizer
+from wmss_jax import (
+    attention,
+    checkpoint,
+    compilation,
+    config,
+    data,
+    examples,
+    hf,
+    processes,
+    sharding,
+    stages,
+    tokenizer,
+)
 from wmss_jax.models.lora import Lora
 from wmss_jax.stages import ModelRef
 
@@ -61,8 +74,11 @@ class Run:
 
 def prepare(recipe: config.RunConfig, say: Callable[[str], None] = print) -> Run:
     """Return a recipe's tokenizer, examples and mesh, made or found in its work directory."""
-    work = Path(recipe.work_dir)
+    work, say = Path(recipe.work_dir), say if processes.first() else _say_nothing
     mesh = sharding.make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
+    device = mesh.devices.flat[0]
+    backend = attention.backend_on(device, recipe.model.attention)
+    say(f"{mesh.size} x {device.device_kind}, attention {backend}")
     compilation.use_cache()
     shards, parts = sharding.batch_shards(mesh), recipe.train.micro_batches
     if (rows := recipe.dataset.batch_size) % (shards * parts):
@@ -83,7 +99,12 @@ def prepare(recipe: config.RunConfig, say: Callable[[str], None] = print) -> Run
         f"{r.examples:,} examples, {r.tokens:,} tokens; {r.dropped:,} dropped and {r.truncated:,} truncated as too long"
     )
     held_out = encoded(recipe.eval.data) if recipe.eval.data else None
+    processes.check_alike({"recipe": config.digest(recipe), "data set": dataset.fingerprint})
     return Run(recipe, work, None if mesh.size == 1 else mesh, made, dataset, held_out, say)
+
+
+def _say_nothing(line: str) -> None:
+    del line  # process 0 says it
 
 
 def _check_lora(recipe: config.RunConfig) -> None:
@@ -104,10 +125,13 @@ def _model_source(recipe: config.RunConfig) -> Path:
 
 def _encoded(recipe: config.RunConfig, made: Any, sources: Sequence[config.SourceConfig]) -> data.Dataset:
     d = recipe.dataset
-    return data.prepare(
-        sources, made, root=recipe.data, seq_len=d.seq_len, too_long=d.too_long, chat_template=d.chat_template,
-        system_prompt=d.system_prompt, cache_dir=Path(recipe.work_dir) / "cache",
+    prepare = functools.partial(
+        data.prepare, sources, made, root=recipe.data, seq_len=d.seq_len, too_long=d.too_long,
+        chat_template=d.chat_template, system_prompt=d.system_prompt, cache_dir=Path(recipe.work_dir) / "cache",
     )  # fmt: skip
+    if jax.process_count() > 1:
+        processes.by_first(prepare)
+    return prepare()
 
 
 def _assets(recipe: config.RunConfig, work: Path) -> Any:
@@ -118,10 +142,10 @@ def _assets(recipe: config.RunConfig, work: Path) -> Any:
     found = hf.resolve(m.tokenizer) if isinstance(m.tokenizer, str) else model_dir
     settings = hf.read_config(source)
 
-    def make() -> dict[str, Any]:
+    def make() -> None:
         stages.clear_partial(directory)
         if directory.exists():
-            return {}
+            return
         with hf.new_directory(directory) as new:
             if isinstance(m.tokenizer, config.TokenizerConfig):
                 made = tokenizer.train(_texts(recipe), m.tokenizer.vocab_size, new)
@@ -134,16 +158,19 @@ def _assets(recipe: config.RunConfig, work: Path) -> Any:
                     f"raise vocab_size in config.json or lower model.tokenizer.vocab_size"
                 )
             (new / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        return {}
 
     inputs = {"config": settings, "tokenizer": _tokenizer_inputs(recipe, found)}
     record = work / "stages" / "assets.json"
-    used = len(list(record.parent.glob("*.json"))) > 1
-    if record.exists() and not used and json.loads(record.read_text())["inputs"] != inputs:
-        # After a look at the data (`wmss inspect`) they and the tokenizer may still change.
-        shutil.rmtree(directory, ignore_errors=True)
-        record.unlink()
-    stages.run(record, inputs, make, directory)
+
+    def forget_unused() -> None:
+        used = len(list(record.parent.glob("*.json"))) > 1
+        if record.exists() and not used and json.loads(record.read_text())["inputs"] != inputs:
+            # After a look at the data (`wmss inspect`) they and the tokenizer may still change.
+            shutil.rmtree(directory, ignore_errors=True)
+            record.unlink()
+
+    processes.by_first(forget_unused)
+    stages.run(record, inputs, lambda: processes.by_first(make) or {}, directory)
     return tokenizer.load(directory)
 
 

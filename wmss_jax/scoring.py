@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import curriculum, data, epochs, sharding, step
+from wmss_jax import curriculum, data, epochs, processes, sharding, step
 from wmss_jax.models import CausalLM
 
 _META = b"wmss_jax"
@@ -51,7 +51,8 @@ def score(
     Args:
         seq_len, batch_size: of the packed rows.
         shifted: False takes the entropy one position late, as the released code does (`curriculum.example_means`).
-        keep: is given every example with its final-norm hidden states, bfloat16 [length, D] (`weak_cache.Writer.add`).
+        keep: is given every example with its final-norm hidden states, bfloat16 [length, D] (`weak_cache.Writer.add`);
+            on process 0 alone, but every process has to give one.
     """
     plan = epochs.plan(dataset.lengths, seq_len=seq_len, batch_size=batch_size, seed=0, epochs=1)
     score_batch = functools.partial(
@@ -59,35 +60,52 @@ def score(
     )
     missing = np.full(len(dataset), np.nan)
     found = Scores(missing, missing.copy(), missing.copy(), np.zeros(len(dataset), np.int64))
-    pending: tuple[dict[str, Array], dict[str, np.ndarray]] | None = None
-    for batch in data.batches(dataset, plan, start_step=0, loss_on="completion"):
+    rows = sharding.local_rows(mesh, batch_size)
+    pending: tuple[int, dict[str, Array], dict[str, np.ndarray]] | None = None
+    hand_over = None if keep is None else functools.partial(_hand_over, dataset, plan, keep)
+    for number, batch in enumerate(data.batches(dataset, plan, loss_on="completion", rows=rows)):
         weights, index = batch["loss_weights"], batch["example_index"]
         wanted = curriculum.picked(weights, index) | curriculum.picked(weights, index, shifted)  # nll | entropy
-        scores = score_batch(sharding.place_rows({**batch, "wanted": wanted}, mesh))
+        scores = score_batch(sharding.place_rows({**batch, "wanted": wanted}, mesh, batch_size))
         if pending is not None:  # reduced on the host while the device computes the next batch
-            _reduce(*pending, shifted, found, keep)
-        pending = scores, batch
+            _reduce(*pending, shifted, found, hand_over)
+        pending = number, scores, batch
     if pending is not None:
-        _reduce(*pending, shifted, found, keep)
-    return found
+        _reduce(*pending, shifted, found, hand_over)
+    return _of_all_processes(found)
 
 
 def _reduce(
-    on_device: dict[str, Array], batch: dict[str, np.ndarray], shifted: bool, found: Scores, keep: Callable | None
-) -> None:
-    scores = jax.device_get(on_device)
-    if keep is not None:
-        _hand_over(scores.pop("hidden"), batch["segments"], batch["example_index"], keep)
+    number: int, scores: dict[str, Array], batch: dict[str, np.ndarray], shifted: bool, found: Scores,
+    hand_over: Callable | None,
+) -> None:  # fmt: skip
+    if hand_over is not None:
+        hand_over(number, processes.whole(scores.pop("hidden")))
     for name, values in scores.items():
         means = curriculum.example_means(
-            values, batch["loss_weights"], batch["example_index"], shifted=shifted or name != "entropy"
-        )
+            sharding.taken_rows(values), batch["loss_weights"], batch["example_index"],
+            shifted=shifted or name != "entropy",
+        )  # fmt: skip
         index, getattr(found, name)[means[0]], found.n_tokens[means[0]] = means
 
 
-def _hand_over(hidden_BTD: np.ndarray, segments_BT: np.ndarray, index_BT: np.ndarray, keep: Callable) -> None:
-    """Give `keep` the hidden states of every example of a batch: those of its segment."""
-    for hidden_TD, segments_T, index_T in zip(hidden_BTD, segments_BT, index_BT, strict=True):
+def _of_all_processes(found: Scores) -> Scores:
+    """Return the scores of all examples, of which every process has those of its rows."""
+    if jax.process_count() == 1:
+        return found
+    columns = {}
+    for name, values in found._asdict().items():
+        everyones = np.stack([np.frombuffer(part, values.dtype) for part in processes.gathered(values.tobytes())])
+        columns[name] = np.fmax.reduce(everyones)  # what is NaN, or no tokens, is another's
+    return Scores(**columns)
+
+
+def _hand_over(dataset: data.Dataset, plan: epochs.Plan, keep: Callable, number: int, hidden_BTD: np.ndarray) -> None:
+    """Give `keep` the hidden states of every example of a batch: those of its segment. On process 0, for all."""
+    if not processes.first():
+        return
+    batch = data.batch(dataset, plan, number)
+    for hidden_TD, segments_T, index_T in zip(hidden_BTD, batch["segments"], batch["example_index"], strict=True):
         cuts = np.flatnonzero(np.diff(segments_T, prepend=-1, append=-1))
         for start, end in pairwise(cuts.tolist()):
             if segments_T[start] > 0:
@@ -95,7 +113,9 @@ def _hand_over(hidden_BTD: np.ndarray, segments_BT: np.ndarray, index_BT: np.nda
 
 
 def write(path: str | os.PathLike, scores: Scores, dataset: data.Dataset, model_digest: str, shifted: bool) -> None:
-    """Write scores as Parquet; its metadata hold the fingerprints of data, tokenizer and model."""
+    """Write scores as Parquet, by process 0; its metadata hold the fingerprints of data, tokenizer and model."""
+    if not processes.first():
+        return
     columns = {"example": np.arange(len(scores.entropy)), **scores._asdict()}
     meta = {**_fingerprints(dataset), "model": model_digest, "shifted": shifted}
     table = pa.table(columns).replace_schema_metadata({_META: json.dumps(meta).encode()})

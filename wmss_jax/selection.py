@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wmss_jax import config, curriculum, scoring, weak_cache
+from wmss_jax import config, curriculum, processes, scoring, weak_cache
 from wmss_jax.runs import Run
 from wmss_jax.stages import ModelRef
 from wmss_jax.weak_cache import WeakCache
@@ -60,6 +60,8 @@ def cache_hidden(run: Run, ref: ModelRef, directory: Path, budget_gb: float | No
     width, d = ref.model.config.sizes["D"], run.recipe.dataset
     budget_bytes = None if budget_gb is None else int(budget_gb * 1e9)
     run.say(weak_cache.cost(directory, run.dataset, width, d.batch_size * d.seq_len))
+    if not processes.first():
+        return score(run, ref, lambda *_: None)
     with weak_cache.Writer(directory, run.dataset, width, identity(run, ref), budget_bytes) as writer:
         return score(run, ref, writer.add)
 
@@ -103,10 +105,9 @@ def curriculum_of(run: Run, number: int, weak: ModelRef, strong: ModelRef) -> tu
         "entropy_fell_on": float(np.mean(found["strong"].entropy < found["weak"].entropy)),
     }
     path = run.work / "curriculum" / f"round-{number}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     if share < c.min_effective_share:
         path = path.with_name(f"round-{number}-collapsed.json")  # another name: nothing of a finished run is touched
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        processes.by_first(lambda: _write(path, report))
         raise ValueError(
             f"the curriculum collapses: its effective sample size is {share * len(probs):.0f} of {len(probs)} examples "
             f"({share:.1%}, curriculum.min_effective_share is {c.min_effective_share:.1%}). Entropy fell on "
@@ -116,8 +117,7 @@ def curriculum_of(run: Run, number: int, weak: ModelRef, strong: ModelRef) -> tu
         )
 
     def work() -> dict[str, Any]:
-        np.save(path.with_suffix(".npy"), probs)
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        processes.by_first(lambda: _write(path, report, probs))
         return report
 
     inputs = {
@@ -128,6 +128,13 @@ def curriculum_of(run: Run, number: int, weak: ModelRef, strong: ModelRef) -> tu
     run.say(f"curriculum: effective sample size {share:.1%}, shares {_percent(report['term_shares'])}")
     # From the file, because another machine may round the sums above otherwise, and go on with this one's work.
     return np.load(path.with_suffix(".npy")), report
+
+
+def _write(path: Path, report: Mapping[str, Any], probs: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if probs is not None:
+        np.save(path.with_suffix(".npy"), probs)
+    path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

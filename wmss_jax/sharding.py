@@ -94,12 +94,41 @@ def param_sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedShard
     return NamedSharding(mesh, P(*axes))
 
 
-def place_rows(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Array | np.ndarray]:
-    """Return this host's rows of a batch as their part of the global batch, split over the batch axes."""
+def local_rows(mesh: Mesh | None, rows: int) -> np.ndarray:
+    """Return which rows of a global batch this process has to give: those of its devices, ascending."""
+    if mesh is None:
+        return np.arange(rows)
+    places = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((rows,)).values()
+    return np.unique([np.arange(rows)[place] for place in places if place is not None])
+
+
+def place_rows(
+    batch: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int | None = None
+) -> dict[str, Array | np.ndarray]:
+    """Return this process's rows of a batch as their part of the global batch, split over the batch axes.
+
+    Args:
+        batch: of each array the `local_rows`.
+        rows: of the global batch; None: there is one process, and these are all.
+    """
     if mesh is None:
         return dict(batch)
-    rows = NamedSharding(mesh, P(BATCH_AXES))
-    return {key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()}
+    total = len(next(iter(batch.values()))) if rows is None else rows
+    mine, by_row = local_rows(mesh, total), NamedSharding(mesh, P(BATCH_AXES))
+
+    def place(value: np.ndarray) -> Array:
+        part = lambda index: value[np.searchsorted(mine, np.arange(total)[index[0]])]
+        return jax.make_array_from_callback((total, *value.shape[1:]), by_row, part)
+
+    return {key: place(value) for key, value in batch.items()}
+
+
+def taken_rows(x: Array) -> np.ndarray:
+    """Return this process's rows of an array that is split like a batch: its `local_rows`."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
 def constrain_params(tree: PyTree[Array], letters: PyTree[str]) -> PyTree[Array]:

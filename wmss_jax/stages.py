@@ -17,7 +17,7 @@ import google_crc32c
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, hf, roles
+from wmss_jax import checkpoint, hf, processes, roles
 from wmss_jax.models import CausalLM
 
 
@@ -37,18 +37,30 @@ def run(
         FileExistsError: `made` holds something without a record of what it was made from.
     """
     inputs = json.loads(json.dumps(inputs))
+    # By process 0 for all: the others might look before or after it has written.
+    known = processes.agreed(lambda: _begin(record, inputs, made))
+    if known is not None:
+        return known
+    output = json.loads(json.dumps(work()))
+    return processes.agreed(lambda: _finish(record, inputs, output))
+
+
+def _begin(record: Path, inputs: Mapping[str, Any], made: Path | None) -> dict[str, Any] | None:
+    """Return the output of a finished stage; None where it is to be done, its inputs then being on record."""
     known = json.loads(record.read_text()) if record.exists() else {"inputs": {}, "output": None}
     begun = made is not None and made.exists() and any(made.iterdir())
     if begun and not record.exists():
         raise FileExistsError(f"{made}: exists, and no {record} says from what; remove it or choose another work_dir")
     if begun or known["output"] is not None:
         _check_same(record, known["inputs"], inputs)
-    if known["output"] is not None:
-        return known["output"]
-    record.parent.mkdir(parents=True, exist_ok=True)
-    if known["inputs"] != inputs:
+    if known["output"] is None and known["inputs"] != inputs:
+        record.parent.mkdir(parents=True, exist_ok=True)
         _write(record, {"inputs": inputs, "output": None})
-    output = json.loads(json.dumps(work()))
+    return known["output"]
+
+
+def _finish(record: Path, inputs: Mapping[str, Any], output: dict[str, Any]) -> dict[str, Any]:
+    record.parent.mkdir(parents=True, exist_ok=True)
     _write(record, {"inputs": inputs, "output": output})
     return output
 
@@ -83,7 +95,7 @@ def clear_partial(directory: Path) -> None:
 
     The name has the process id in it, which is always the same in a container.
     """
-    for leftover in directory.parent.glob(f"{directory.name}.partial-*"):
+    for leftover in directory.parent.glob(f"{directory.name}.partial-*") if processes.first() else ():
         shutil.rmtree(leftover)
 
 

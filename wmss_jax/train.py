@@ -20,6 +20,7 @@ from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, roles, sh
 from wmss_jax.models import CausalLM
 from wmss_jax.objectives import Objective, Sft
 from wmss_jax.tracking import Tracker, profiled
+from wmss_jax.watchdog import Watchdog, watching
 from wmss_jax.weak_cache import WeakCache
 
 if TYPE_CHECKING:
@@ -98,6 +99,11 @@ def train(job: Job) -> Path:
         Preempted: SIGTERM came; the state was saved.
         NonFiniteLoss: a step's loss or gradient is NaN or infinite; checkpoints before it remain.
     """
+    with watching(job.loop.stall_report_s, "loading the parameters") as watchdog:
+        return _train(job, watchdog)
+
+
+def _train(job: Job, watchdog: Watchdog) -> Path:
     total = job.plan.total_steps
     tx, schedule = optim.make(job.optimizer, total)
     state = _first_state(job, tx)
@@ -126,18 +132,22 @@ def train(job: Job) -> Path:
         batches = data.batches(
             job.dataset, job.plan, start_step=start, loss_on=job.loss_on,
             weak_hidden=None if job.weak_hidden is None else job.weak_hidden().read,
-            host=jax.process_index(), hosts=jax.process_count(),
+            rows=sharding.local_rows(job.mesh, job.plan.batch_size),
         )  # fmt: skip
+        watchdog.at(f"waiting for the batch of step {start + 1}")
         for number, batch in enumerate(report.waiting(batches), start + 1):
+            watchdog.at(f"step {number}" + (" and compiling it" if number == start + 1 else ""))
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                state, metrics = train_step(state, frozen, sharding.place_rows(batch, job.mesh))
+                state, metrics = train_step(state, frozen, sharding.place_rows(batch, job.mesh, job.plan.batch_size))
             profile(metrics)
             report(number, metrics, batch)
 
             evaluate = job.held_out is not None and (number % job.held_out.every_steps == 0 or number == total)
             save = number % job.loop.checkpoint_every_steps == 0 or number == total or (evaluate and keep_best)
             if not (evaluate or save or stop.is_set()):
+                watchdog.at(f"waiting for the batch of step {number + 1}")
                 continue
+            watchdog.at(f"evaluating or saving after step {number}")
             with report.paused():  # which logs the step first: a state that is not finite must not be saved
                 metric = held_out_loss(_shipped(state, job)) if evaluate else None
                 if metric is not None:
@@ -195,12 +205,11 @@ def _held_out_loss(job: Job, frozen: Mapping[str, PyTree[Array]]) -> Callable[[P
     def measure(params: PyTree[Array]) -> float:
         assert job.held_out is not None
         total = tokens = 0.0
-        held_out = job.held_out
-        for batch in data.batches(held_out.dataset, held_out.plan, start_step=0, loss_on=job.loss_on,
-                                  host=jax.process_index(), hosts=jax.process_count()):  # fmt: skip
-            metrics = jax.device_get(
-                eval_step({**base, "strong": params["strong"]}, sharding.place_rows(batch, job.mesh))
-            )
+        held_out, size = job.held_out, job.held_out.plan.batch_size
+        rows = sharding.local_rows(job.mesh, size)
+        for batch in data.batches(held_out.dataset, held_out.plan, loss_on=job.loss_on, rows=rows):
+            placed = sharding.place_rows(batch, job.mesh, size)
+            metrics = jax.device_get(eval_step({**base, "strong": params["strong"]}, placed))
             total += float(metrics["loss"]) * float(metrics["loss_tokens"])
             tokens += float(metrics["loss_tokens"])
         return total / max(tokens, 1.0)
@@ -244,7 +253,8 @@ class _Reporter:
     def __call__(self, number: int, metrics: Mapping[str, Array], batch: Mapping[str, np.ndarray]) -> None:
         self.flush()
         self._pending, self._done = (number, metrics), None
-        self._tokens += int((batch["segments"] > 0).sum()) * jax.process_count()
+        given = (batch["segments"] > 0).sum() / len(batch["segments"])  # of this process's rows, as of any
+        self._tokens += int(given * self._job.plan.batch_size)
         self._waited += self._wait
 
     @contextlib.contextmanager

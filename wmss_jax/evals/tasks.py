@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wmss_jax import config, encoding, examples
+from wmss_jax import config, encoding, examples, processes
 from wmss_jax.evals.graders import GRADERS
 from wmss_jax.evals.run import Item, evaluate
 from wmss_jax.runs import Run
@@ -37,8 +37,9 @@ def _answered(run: Run, name: str, ref: ModelRef, tasks: Tasks) -> dict[str, Any
             model, params, run.tokenizer, items, GRADERS[task.grader], max_new_tokens=task.max_new_tokens,
             stop_ids=stop_ids, mesh=run.mesh, batch_size=task.batch_size,
         )  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result.write_jsonl(path)
+        if processes.first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result.write_jsonl(path)
         return {"accuracy": result.accuracy, "standard_error": result.standard_error, "n": result.n}
 
     figures = {}

@@ -1,0 +1,189 @@
+"""Recipes on several real processes that share the work: gloo between them, four simulated devices each."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import recipes
+
+from wmss_jax import processes, sharding
+
+MESH = ("mesh={data: 2, fsdp: 4}", "dataset.batch_size=8", "score.batch_size=8")
+LONG = ("pretrain.steps=2", "sft.steps=50", *MESH)
+
+
+def start(root, *arguments, rank=None, count=2, port=0, devices=4, **more):
+    """A `wmss` process; `rank` of `count` that belong together."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **more}
+    if rank is not None:
+        where = {processes.ADDRESS: f"localhost:{port}", processes.COUNT: str(count), processes.INDEX: str(rank)}
+        env |= where
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "wmss_jax", *arguments], cwd=root, env=env, **pipes)
+
+
+def together(root, *arguments, ranks=(0, 1), each=((), ()), **more):
+    """[(stdout, stderr, exit code)] of two processes that were started together."""
+    port = free_port()
+    running = [start(root, *arguments, *each[rank], rank=rank, port=port, **more) for rank in ranks]
+    return [(*process.communicate(timeout=400), process.returncode) for process in running]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def losses(root, stage="sft"):
+    lines = [json.loads(line) for line in (root / "run" / stage / "metrics.jsonl").read_text().splitlines()]
+    return np.array([line["loss"] for line in lines if "loss" in line])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """{devices: work of 50 steps} on one device, on eight, and on two processes with four each."""
+    roots = {}
+    for name in ("one", "eight", "two"):
+        roots[name] = recipes.write(tmp_path_factory.mktemp(name))
+        arguments = ("train", "recipe.yaml", "--stage", "sft", *LONG)
+        if name == "two":
+            for _, err, code in together(roots[name], *arguments):
+                assert code == 0, err
+        else:
+            mesh = ("mesh={data: 1, fsdp: 1}",) if name == "one" else ()
+            process = start(roots[name], *arguments, *mesh, devices=1 if name == "one" else 8)
+            _, err = process.communicate(timeout=400)
+            assert process.returncode == 0, err
+    return roots
+
+
+@pytest.mark.slow
+def test_fifty_losses_are_the_same_on_one_device_eight_and_two_processes(trained):
+    expected = losses(trained["one"])
+    assert len(expected) == 50
+    for name in ("eight", "two"):
+        np.testing.assert_allclose(losses(trained[name]), expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_whole_recipe_of_two_processes_ends_as_that_of_one(tmp_path, tmp_path_factory):
+    """Every stage: cache, scores, curriculum, weak agent from disk, export, evaluation. Only process 0 speaks."""
+    alone = recipes.write(tmp_path_factory.mktemp("alone"))
+    cached = ("joint.weak={placement: cached}", *MESH)
+    (_, err, code), (out, _, other) = together(recipes.write(tmp_path), "run", "recipe.yaml", *cached)
+    assert (code, other) == (0, 0), err
+    assert not [line for line in out.splitlines() if line and not line.startswith("[Gloo]")]
+    done = start(alone, "run", "recipe.yaml", *cached, devices=8)
+    _, err = done.communicate(timeout=400)
+    assert done.returncode == 0, err
+    for stage in ("pretrain", "sft", "joint"):
+        np.testing.assert_allclose(losses(tmp_path, stage), losses(alone, stage), rtol=1e-5)
+    scores = [sorted((root / "run/scores").glob("*.parquet"), key=mean_entropy) for root in (tmp_path, alone)]
+    for ours, theirs in zip(*scores, strict=True):
+        for name in ("entropy", "nll", "margin", "n_tokens"):
+            np.testing.assert_allclose(pq.read_table(ours)[name], pq.read_table(theirs)[name], rtol=1e-4)
+    exported = [root / "run/export/model.safetensors" for root in (tmp_path, alone)]
+    assert exported[0].stat().st_size == exported[1].stat().st_size
+    figures = [json.loads((root / "run/summary.json").read_text())["eval"] for root in (tmp_path, alone)]
+    assert figures[0].keys() == figures[1].keys()
+
+
+def mean_entropy(file):
+    return float(np.mean(pq.read_table(file)["entropy"]))
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(trained, tmp_path):
+    """SIGKILL of one of two in the middle of a stage: the other exits by itself; started again, nothing is lost."""
+    root, port = recipes.write(tmp_path), free_port()
+    arguments = ("train", "recipe.yaml", "--stage", "sft", *LONG)
+    running = [start(root, *arguments, rank=rank, port=port, WMSS_HEARTBEAT_SECONDS="10") for rank in (0, 1)]
+    waiting = time.monotonic()
+    while not (root / "run/sft/checkpoints/10").exists():
+        assert time.monotonic() - waiting < 300 and all(process.poll() is None for process in running)
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGKILL)
+    running[1].communicate()
+    _, err = running[0].communicate(timeout=70)  # the heartbeat and a minute
+    assert running[0].returncode not in (0, 75)
+    assert "process" in err.lower() or "task" in err.lower()
+    for _, err, code in together(root, *arguments):
+        assert code == 0, err
+    # The first part of the log may end anywhere; what counts is the end.
+    np.testing.assert_array_equal(losses(root)[-5:], losses(trained["two"])[-5:])
+
+
+@pytest.mark.slow
+def test_processes_that_differ_say_in_what_before_anything_is_trained(tmp_path):
+    root = recipes.write(tmp_path)
+    results = together(root, "train", "recipe.yaml", *MESH, each=((), ("seed=7",)))
+    host = socket.gethostname()
+    for _, err, code in results:
+        assert code == 2
+        said = [line for line in err.splitlines() if line.startswith("wmss: error:")]
+        assert len(said) == 1 and f"process 1 on {host} differs from process 0 on {host} in recipe" in said[0]
+    assert not (root / "run/sft").exists() and not (root / "run/pretrain").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_process_finds_is_told_by_all(tmp_path):
+    root = recipes.write(tmp_path)
+    (root / "train.jsonl").write_text('{"question": "1+1="}\n')
+    for _, err, code in together(root, "train", "recipe.yaml", *MESH):
+        assert code == 2 and "train.jsonl" in err
+
+
+def test_a_process_whose_peers_never_come_gives_up(tmp_path):
+    root, port = recipes.write(tmp_path), free_port()
+    process = start(root, "train", "recipe.yaml", rank=1, port=port, WMSS_START_SECONDS="2")
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert f"nobody answers at localhost:{port} (JAX_COORDINATOR_ADDRESS) within 2 s" in err
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({processes.COUNT: "2"}, "JAX_NUM_PROCESSES given without JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+        (
+            {processes.ADDRESS: "h:1", processes.COUNT: "2", processes.INDEX: "2"},
+            "JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=2: expected a count and a number from 0 below it",
+        ),
+        (
+            {processes.ADDRESS: "h:1", processes.COUNT: "2", processes.INDEX: "1", "WMSS_START_SECONDS": "soon"},
+            "WMSS_START_SECONDS=soon: expected a whole number of seconds",
+        ),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused(monkeypatch, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as error:
+        processes.start()
+    assert said in str(error.value)
+
+
+def test_one_process_needs_nobody():
+    assert processes.agreed(lambda: {"a": [1]}) == {"a": [1]} and processes.gathered(b"x") == [b"x"]
+    assert processes.first()
+    processes.check_alike({"recipe": "any"})
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_the_rows_of_a_batch_come_to_their_devices(mesh):
+    """Given and taken: every device of this process has the rows that its place in the mesh is for."""
+    mesh = sharding.make_mesh(*mesh)
+    values = np.arange(16 * 3).reshape(16, 3)
+    placed = sharding.place_rows({"x": values}, mesh)["x"]
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, values[shard.index])
+    np.testing.assert_array_equal(sharding.taken_rows(placed), values)
+    np.testing.assert_array_equal(sharding.local_rows(mesh, 16), np.arange(16))

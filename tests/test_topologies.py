@@ -1,0 +1,88 @@
+"""topologies.py: what a topology may be called, and the devices that its compiler gives for it."""
+
+import importlib.util
+
+import pytest
+
+from wmss_jax import attention, hardware, topologies
+
+KNOWN = "v5e:8x8, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, a100-80:1x1x8, h100:1x1x8, h200:1x1x8, b200:1x1x8"
+
+MISTAKES = {
+    "v7:2x2": f"--topology: 'v7' is not known; known: {KNOWN}",
+    "": f"--topology: '' is not known; known: {KNOWN}",
+    "v5e": f"--topology: 'v5e': write v5e:SIZES, as in {KNOWN}",
+    "v5p:4x4x": f"--topology: 'v5p:4x4x': write v5p:SIZES, as in {KNOWN}",
+    "v5p:4*4*4": f"--topology: 'v5p:4*4*4': write v5p:SIZES, as in {KNOWN}",
+    "v5p:4x0x4": f"--topology: 'v5p:4x0x4': write v5p:SIZES, as in {KNOWN}",
+    "h100:8": f"--topology: 'h100:8': write h100:SIZES, as in {KNOWN}",
+    "h100:1x8": "--topology: 'h100:1x8': for GPUs, write slices x hosts x GPUs of a host: h100:1x1x8",
+}
+
+
+@pytest.mark.parametrize("topology", MISTAKES)
+def test_mistakes(topology):
+    with pytest.raises(ValueError) as caught:
+        topologies.devices(topology)
+    assert str(caught.value) == MISTAKES[topology]
+
+
+@pytest.mark.parametrize(
+    "topology, message",
+    [
+        ("v5p:4x4x4", "planning for v5p:4x4x4 needs libtpu: pip install 'wmss-jax[plan-tpu]'"),
+        ("h100:1x1x8", "planning for h100 needs JAX's CUDA plugin: pip install 'wmss-jax[plan-cuda]'"),
+    ],
+)
+def test_without_its_compiler_a_topology_says_what_to_install(monkeypatch, topology, message):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError) as caught:
+        topologies.devices(topology)
+    assert str(caught.value) == message
+
+
+# topology: (devices, hosts)
+TPUS = {
+    "v5e:1x1": (1, 1), "v5e:2x4": (8, 2), "v5e:8x8": (64, 16), "v5p:2x2x1": (4, 1), "v5p:4x4x4": (64, 16),
+    "v6e:2x2": (4, 1), "v6e:16x16": (256, 64), "tpu7x:2x2x1": (8, 1), "tpu7x:4x4x4": (128, 16),
+}  # fmt: skip
+GPUS = {
+    "a100-80:1x1x2": (2, 1),
+    "h100:1x1x8": (8, 1),
+    "h100:1x4x8": (32, 4),
+    "h200:2x1x4": (8, 2),
+    "b200:1x1x1": (1, 1),
+}
+
+
+def _check(topology: str, devices: int, hosts: int, backend: str) -> None:
+    found = topologies.devices(topology)
+    assert (len(found), len({device.process_index for device in found})) == (devices, hosts)
+    assert len({device.device_kind for device in found}) == 1
+    assert hardware.facts(found[0].device_kind) is not None
+    assert attention.backend_on(found[0]) == backend
+
+
+@pytest.mark.parametrize("topology", TPUS)
+def test_slices_of_tpus(topology):
+    pytest.importorskip("libtpu")
+    _check(topology, *TPUS[topology], "splash")
+
+
+@pytest.mark.parametrize("topology", GPUS)
+def test_nodes_of_gpus(topology):
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    _check(topology, *GPUS[topology], "triton")
+
+
+@pytest.mark.parametrize("name", topologies.GPUS)
+def test_what_the_compiler_knows_of_a_gpu_agrees_with_the_data_sheet(name):
+    facts, gpu = hardware.facts(topologies.GPUS[name].name), topologies.GPUS[name]
+    assert facts is not None
+    assert gpu.memory == pytest.approx(facts.memory, rel=0.08) and gpu.bandwidth == pytest.approx(facts.bandwidth, 0.01)
+
+
+def test_a_slice_that_does_not_exist():
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match=r"^--topology: there is no slice v5e:3x5: .*not divisible by"):
+        topologies.devices("v5e:3x5")
