@@ -171,6 +171,23 @@ def test_variables_that_make_no_sense_are_refused(monkeypatch, variables, said):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "variables, several",
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, True), ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # a shell inside an allocation, not one of its tasks
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, True), ({"JOB_COMPLETION_INDEX": "3"}, True),
+        ({}, False),
+    ],
+)  # fmt: skip
+def test_a_launcher_says_whether_there_are_others(monkeypatch, variables, several):
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert processes._in_cluster() == several
+
+
 def test_one_process_needs_nobody():
     assert processes.agreed(lambda: {"a": [1]}) == {"a": [1]} and processes.gathered(b"x") == [b"x"]
     assert processes.first()

@@ -45,7 +45,7 @@ def start() -> None:
     if told and len(told) < 3:
         missing = sorted({ADDRESS, COUNT, INDEX} - set(told))
         raise ValueError(f"{', '.join(sorted(told))} given without {', '.join(missing)}: set all three, or none")
-    if not told and not _in_cluster():
+    if not told and not (_in_cluster() or _on_a_tpu()):
         return
     if told and not (told[COUNT].isdigit() and told[INDEX].isdigit() and int(told[INDEX]) < int(told[COUNT])):
         raise ValueError(f"{COUNT}={told[COUNT]}, {INDEX}={told[INDEX]}: expected a count and a number from 0 below it")
@@ -59,8 +59,8 @@ def start() -> None:
     try:
         jax.distributed.initialize(**where, initialization_timeout=start_s, heartbeat_timeout_seconds=heartbeat_s)
     except ValueError:
-        if told:
-            raise  # else: a TPU host by itself, which JAX finds no coordinator for
+        if told or _in_cluster():
+            raise  # to go on alone, each on its own, would be several runs in one directory
 
 
 def _await_coordinator(address: str, start_s: int) -> None:
@@ -91,12 +91,19 @@ def _seconds(deadline: tuple[str, int]) -> int:
 
 
 def _in_cluster() -> bool:
-    """Return whether this may be one of several processes that JAX can find by itself."""
-    counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    if any(os.environ.get(name, "1") not in ("", "1") for name in counts):
-        return True
-    tpu_host = importlib.util.find_spec("libtpu") and any(Path(device).exists() for device in _TPU_DEVICES)
-    return bool(tpu_host) or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ or "JOB_COMPLETION_INDEX" in os.environ
+    """Return whether this is one of several processes, by what their launcher says."""
+    several = lambda count, index: index in os.environ and os.environ.get(count, "1") != "1"
+    return (
+        several("SLURM_NTASKS", "SLURM_PROCID")
+        or several("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+        or "JOB_COMPLETION_INDEX" in os.environ
+    )
+
+
+def _on_a_tpu() -> bool:
+    """Return whether this host has TPU chips: alone, or with others that its metadata name."""
+    return bool(importlib.util.find_spec("libtpu")) and any(Path(device).exists() for device in _TPU_DEVICES)
 
 
 def first() -> bool:
