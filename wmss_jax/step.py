@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
-from wmss_jax import head, sharding
+from wmss_jax import attention, head, sharding
 from wmss_jax.models import CausalLM
 from wmss_jax.objectives import Objective
 
@@ -242,8 +242,7 @@ def complete(batch: Batch) -> dict[str, Array]:
         raise ValueError(f"batch arrays must all be [B, T] = {list(shape)} like tokens; got {wrong}")
     index_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None], shape)
     segments = given.get("segments", jnp.ones(shape, jnp.int32))
-    starts_BT = jnp.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (1, 0)], constant_values=True)
-    start_BT = jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
+    start_BT = attention.first_keys(segments, window=None)
     rows_BT = jnp.broadcast_to(jnp.arange(shape[0], dtype=jnp.int32)[:, None], shape)
     return {"segments": segments, "positions": index_BT - start_BT, "example_index": rows_BT, **given}
 
