@@ -152,8 +152,10 @@ signal.signal(signal.SIGINT, save)
 print('ready', flush=True)
 time.sleep(60)"""
     command = [LAUNCH / "local.sh", "2", sys.executable, "-c", code]
+    # A shell cannot trap a signal that it was started to ignore, as what runs in the background is started for SIGINT.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
     ) as process:
         assert process.stdout is not None
         assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
