@@ -1,5 +1,6 @@
 """launch/: shellcheck, dry runs to the letter, scripts run with stand-ins for the cluster, YAML against its schemas."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -141,6 +142,19 @@ def test_local_does_not_hurry_those_who_run_on_after_one_is_done():
     assert done.returncode == 0 and "[1] done" in done.stdout
 
 
+@contextlib.contextmanager
+def heard(number: signal.Signals):
+    """Starts processes that hear a signal which this one was started to ignore, as what runs in the background is.
+
+    A shell cannot trap a signal that it inherited as ignored. (Not `preexec_fn`: it forks, of which JAX warns.)
+    """
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_local_passes_signals_on_to_all(sent):
     code = f"""{ME}
@@ -152,11 +166,12 @@ signal.signal(signal.SIGINT, save)
 print('ready', flush=True)
 time.sleep(60)"""
     command = [LAUNCH / "local.sh", "2", sys.executable, "-c", code]
-    # A shell cannot trap a signal that it was started to ignore, as what runs in the background is started for SIGINT.
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    ) as process:
+    with (
+        heard(signal.SIGINT),
+        subprocess.Popen(
+            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process,
+    ):
         assert process.stdout is not None
         assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
         process.send_signal(sent)
