@@ -16,7 +16,19 @@ import recipes
 import tiny
 
 import wmss_jax as wmss
-from wmss_jax import checkpoint, cli, export, generate, objectives, pipeline, roles, scoring, selection, train
+from wmss_jax import (
+    checkpoint,
+    cli,
+    export,
+    generate,
+    objectives,
+    pipeline,
+    preemption,
+    roles,
+    scoring,
+    selection,
+    train,
+)
 from wmss_jax.evals import tasks
 from wmss_jax.stages import ModelRef
 
@@ -206,7 +218,7 @@ def test_sigterm_outside_of_training_exits_75_too(finished, monkeypatch, moment)
     forget("joint", "sft_continued", "export", "score-*", "curriculum-*") if moment == "scoring" else forget("export")
     stop = lambda *_, **__: signal.raise_signal(signal.SIGTERM)
     monkeypatch.setattr(*{"scoring": (scoring, "score"), "export": (export.hf, "save")}[moment], stop)
-    with pytest.raises(train.Preempted) as stopped:
+    with pytest.raises(preemption.Preempted) as stopped:
         run()
     assert stopped.value.code == 75 and "the same command goes on" in stopped.value.message
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

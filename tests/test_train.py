@@ -16,7 +16,7 @@ import pytest
 import recipes
 import tiny
 
-from wmss_jax import checkpoint, config, epochs, flops, hf, objectives, optim, roles, runs, step, train
+from wmss_jax import checkpoint, config, epochs, flops, hf, objectives, optim, preemption, roles, runs, step, train
 
 TOTAL = 6
 ADAM = config.OptimizerConfig(peak_lr=3e-3, warmup_fraction=0.4, schedule="cosine", weight_decay=0.1)
@@ -163,7 +163,7 @@ def test_stopping_and_going_on_is_bitwise_the_same(undisturbed, run, tmp_path, m
     job = JOBS[name](run, tmp_path / "stopped")
     with monkeypatch.context() as patch:
         at_step(patch, stop_at, sigterm)
-        with pytest.raises(train.Preempted) as stopped:
+        with pytest.raises(preemption.Preempted) as stopped:
             train.train(job)
     assert stopped.value.code == 75 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert stopped.value.message.startswith(f"saved step {stop_at} of {job.plan.total_steps}")
@@ -191,7 +191,7 @@ def test_sigterm_at_the_last_step_stops_the_run_all_the_same(run, tmp_path, monk
     job = make_job(run, tmp_path / "last", optimizer=EMA)
     with monkeypatch.context() as patch:
         at_step(patch, TOTAL, sigterm)
-        with pytest.raises(train.Preempted) as stopped:
+        with pytest.raises(preemption.Preempted) as stopped:
             train.train(job)
     assert stopped.value.message.startswith(f"saved step {TOTAL} of {TOTAL}")
     assert train.train(job).name == str(TOTAL)

@@ -222,7 +222,7 @@ def main() -> None:
     try:
         app(prog_name="wmss")
     except SystemExit as exit_:
-        if message := getattr(exit_, "message", None):  # train.Preempted, which is not imported here
+        if message := getattr(exit_, "message", None):  # preemption.Preempted, which is not imported here
             print(f"wmss: {message}", file=sys.stderr)
         raise
     except Exception as error:

@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import processes, tensorfile
+from wmss_jax import processes, streaming, tensorfile
 from wmss_jax.models import ARCHS, CausalLM, hf_config
 from wmss_jax.models.table import Row
 
@@ -72,7 +71,9 @@ def load_head(path_or_hub_id: str | os.PathLike, mesh: Mesh | None = None) -> Py
     _check_names_and_shapes(model, directory, tensors)
     row = model.head_row
     dtype = jnp.dtype(dict(_with_file_dtypes(model, tensors).file_dtypes)[row.path])
-    return model.tree({row.path: _read_leaf(row, [tensors[row.name]], model.sizes, dtype, model.sharding(row, mesh))})
+    return model.tree(
+        {row.path: streaming.read(row, [tensors[row.name]], model.sizes, dtype, model.sharding(row, mesh))}
+    )
 
 
 def load_branches(
@@ -222,7 +223,7 @@ def _read(
     dtypes, sizes, leaves = dict(model.file_dtypes), model.config.sizes, {}
     for row in model.rows:
         parts = [tensors[name] for name in row.names(sizes)]
-        leaves[row.path] = _read_leaf(
+        leaves[row.path] = streaming.read(
             row, parts, sizes, jnp.dtype(dtype or dtypes[row.path]), model.sharding(row, mesh)
         )
     return model, model.tree(leaves)
@@ -236,25 +237,6 @@ def _with_file_dtypes(model: CausalLM, tensors: Mapping[str, tensorfile.Tensor])
     }
     dtypes = tuple((path, str(jnp.result_type(*kinds))) for path, kinds in found.items() if kinds)
     return dataclasses.replace(model, file_dtypes=dtypes)
-
-
-def _read_leaf(
-    row: Row, parts: list[tensorfile.Tensor], sizes: Mapping[str, int], dtype: Any, sharding: NamedSharding | None
-) -> Array:
-    """Return one parameter, each shard assembled from the layers it needs."""
-    shape = row.our_shape(sizes)
-
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        if not row.stacked:
-            return np.ascontiguousarray(row.to_ours(parts[0].read(), sizes)[index], dtype)
-        out = np.empty([len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)], dtype)
-        for slot, part in enumerate(parts[index[0]]):
-            out[slot] = row.to_ours(part.read(), sizes)[index[1:]]
-        return out
-
-    if sharding is None:
-        return jnp.asarray(shard(tuple(slice(None) for _ in shape)))
-    return jax.make_array_from_callback(shape, sharding, shard)  # pyright: ignore[reportArgumentType]
 
 
 def _check_names_and_shapes(model: CausalLM, directory: Path, tensors: dict[str, tensorfile.Tensor]) -> None:

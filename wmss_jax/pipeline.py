@@ -32,6 +32,7 @@ from wmss_jax import (
     hf,
     inspection,
     objectives,
+    preemption,
     processes,
     roles,
     scoring,
@@ -55,14 +56,14 @@ def run(recipe: config.RunConfig, until: str | None = None, say: Callable[[str],
 
     Raises:
         ValueError: the recipe cannot be carried out, or the work directory holds another one.
-        train.Preempted: SIGTERM came during training; everything is saved.
+        preemption.Preempted: SIGTERM came during training; everything is saved.
     """
     arms = {name: _objective(arm, name) for name, arm in recipe.arms().items()}
     names = ["pretrain", "sft", *arms]
     if until is not None and until not in names:
         raise ValueError(f"no stage {until!r} to stop after; there are {', '.join(names)}")
     export.check(recipe.export.calibrate, arms["joint"])
-    with train.exit_on_sigterm():
+    with preemption.exit_when_asked():
         return _run(recipe, arms, until, say)
 
 

@@ -50,6 +50,8 @@ def start() -> None:
     if told and not (told[COUNT].isdigit() and told[INDEX].isdigit() and int(told[INDEX]) < int(told[COUNT])):
         raise ValueError(f"{COUNT}={told[COUNT]}, {INDEX}={told[INDEX]}: expected a count and a number from 0 below it")
     start_s, heartbeat_s = _seconds(START_S), _seconds(HEARTBEAT_S)
+    # On CPUs alone two programs may run at once, and gloo then mixes up their messages.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     where: dict[str, Any] = {}
     if told:
         numbers = {"num_processes": int(told[COUNT]), "process_id": int(told[INDEX])}

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import curriculum, data, epochs, processes, sharding, step
+from wmss_jax import curriculum, data, epochs, preemption, processes, sharding, step
 from wmss_jax.models import CausalLM
 
 _META = b"wmss_jax"
@@ -67,6 +67,7 @@ def score(
         weights, index = batch["loss_weights"], batch["example_index"]
         wanted = curriculum.picked(weights, index) | curriculum.picked(weights, index, shifted)  # nll | entropy
         scores = score_batch(sharding.place_rows({**batch, "wanted": wanted}, mesh, batch_size))
+        preemption.exit_if_asked()
         if pending is not None:  # reduced on the host while the device computes the next batch
             _reduce(*pending, shifted, found, hand_over)
         pending = number, scores, batch

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,18 +28,22 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self) -> np.ndarray:
-        """Return the tensor, read with pread: mapped pages would count as resident memory of every process."""
-        count = int(np.prod(self.shape, dtype=np.int64))
-        buffer = np.empty(count * self.dtype.itemsize, np.uint8)
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the tensor, or its rows from `start` to before `stop`.
+
+        Read with pread: mapped pages would count as resident memory of every process.
+        """
+        shape = (len(range(*slice(start, stop).indices(self.shape[0]))), *self.shape[1:]) if self.shape else ()
+        row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+        buffer = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
         view, done = memoryview(buffer), 0
         with open(self.file, "rb") as file:
             while done < len(view):  # one call reads at most 2 GiB
-                got = os.preadv(file.fileno(), [view[done:]], self.offset + done)
+                got = os.preadv(file.fileno(), [view[done:]], self.offset + start * row_bytes + done)
                 if got == 0:
                     raise ValueError(f"{self.file}: ends inside a tensor; the file is truncated")
                 done += got
-        return buffer.view(self.dtype).reshape(self.shape)
+        return buffer.view(self.dtype).reshape(shape)
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, roles, sharding, step
+from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, preemption, roles, sharding, step
 from wmss_jax.models import CausalLM
 from wmss_jax.objectives import Objective, Sft
 from wmss_jax.tracking import Tracker, profiled
@@ -25,17 +23,6 @@ from wmss_jax.weak_cache import WeakCache
 
 if TYPE_CHECKING:
     from wmss_jax.config import OptimizerConfig, TrainConfig
-
-
-class Preempted(SystemExit):
-    """The run was asked to stop (SIGTERM) and has saved; the same command goes on from there. Exits with code 75.
-
-    A SystemExit, as KeyboardInterrupt is none of the errors that a caller's `except Exception` is meant for.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(75)
-        self.message = message
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -96,7 +83,7 @@ def train(job: Job) -> Path:
     on, are the averaged parameters.
 
     Raises:
-        Preempted: SIGTERM came; the state was saved.
+        preemption.Preempted: SIGTERM came; the state was saved.
         NonFiniteLoss: a step's loss or gradient is NaN or infinite; checkpoints before it remain.
     """
     with watching(job.loop.stall_report_s, "loading the parameters") as watchdog:
@@ -126,7 +113,7 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
         checkpoint.Writer(_checkpoints(job), keep_last=job.loop.keep_last, keep_best=keep_best) as writer,
         Tracker(job.directory, total, job.loop.tensorboard, start_step=start, primary=primary) as tracker,
         profiled(job.directory / "profile", job.loop.profile) as profile,
-        _stop_requested() as stop,
+        preemption.deferred() as asked_to_stop,
     ):
         report = _Reporter(job, tracker, schedule, start)
         batches = data.batches(
@@ -144,7 +131,8 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
 
             evaluate = job.held_out is not None and (number % job.held_out.every_steps == 0 or number == total)
             save = number % job.loop.checkpoint_every_steps == 0 or number == total or (evaluate and keep_best)
-            if not (evaluate or save or stop.is_set()):
+            stop = asked_to_stop()
+            if not (evaluate or save or stop):
                 watchdog.at(f"waiting for the batch of step {number + 1}")
                 continue
             watchdog.at(f"evaluating or saving after step {number}")
@@ -154,13 +142,15 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
                     tracker.log(number, {"held_out_loss": metric})
                     if not math.isfinite(metric):
                         raise NonFiniteLoss(f"the held-out loss after step {number} is {metric}; lower peak_lr")
-                if save or stop.is_set():
+                if save or stop:
                     saved = state._replace(params=_shipped(state, job)) if number == total else state
                     writer.save(number, saved, meta, metric, files)
-            if stop.is_set():
+            if stop:
                 break
-    if stop.is_set():  # set while the last step was being saved, too
-        raise Preempted(f"saved step {number} of {total} in {job.directory}; the same command goes on from there")
+    if asked_to_stop():  # while the last step was being saved, too
+        raise preemption.Preempted(
+            f"saved step {number} of {total} in {job.directory}; the same command goes on from there"
+        )
     return _result(job)
 
 
@@ -313,37 +303,3 @@ def _flops_per_token(job: Job) -> float:
         return "cached" if role == "weak" and job.weak_hidden is not None else "resident"
 
     return flops.step((flops.forward(job.models[role], job.plan.seq_len), use(role)) for role in job.objective.roles)
-
-
-@contextlib.contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Raise Preempted where SIGTERM comes outside of a training loop, which saves first.
-
-    Nothing is lost but what the stage at hand has not written yet.
-    """
-
-    def stop(*_: object) -> None:
-        raise Preempted("stopped; the same command goes on from the last finished stage or checkpoint")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """Give an event that SIGTERM sets; the loop looks at it between two steps."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread alone; whoever runs a stage elsewhere stops it otherwise
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)

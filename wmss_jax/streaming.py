@@ -1,0 +1,84 @@
+"""A parameter read from the file tensors that make it up, straight into this process's shards."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from jaxtyping import Array
+
+from wmss_jax.models.table import Row
+from wmss_jax.tensorfile import Tensor
+
+# Held beside the shards while reading: a tensor is read in pieces of about so many bytes.
+PIECE_BYTES = 64 * 2**20
+
+type _Box = tuple[tuple[int, int], ...]  # first and last + 1 of every axis
+
+
+def read(
+    row: Row, parts: Sequence[Tensor], sizes: Mapping[str, int], dtype: Any, sharding: Sharding | None = None
+) -> Array:
+    """Return one parameter in its shards; each tensor is read once, and no more of it than some shard here needs.
+
+    Memory beyond the result's is one piece, and one shard where the device copies it.
+
+    Args:
+        parts: the tensors of the row, one a layer where it is stacked; of the shape that the row wants.
+        sizes: the value of every shape letter.
+        sharding: default: all of it on the default device.
+    """
+    shape = row.our_shape(sizes)
+    sharding = sharding or SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
+    indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(shape)
+    where = {device: _box(index, shape) for device, index in indices.items()}
+    shards = {box: np.empty([stop - start for start, stop in box], dtype) for box in where.values()}
+    for layer, part in enumerate(parts):
+        of_layer = shards.items()
+        if row.stacked:
+            of_layer = [(box[1:], shard[layer - box[0][0]]) for box, shard in shards.items() if layer in range(*box[0])]
+        _fill(list(of_layer), row, part, sizes)
+    arrays = []
+    last = {box: device for device, box in where.items()}  # replicas share a buffer; the last one takes it along
+    for device, box in where.items():
+        arrays.append(jax.device_put(shards.pop(box) if last[box] is device else shards[box], device))
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _fill(shards: Sequence[tuple[_Box, np.ndarray]], row: Row, part: Tensor, sizes: Mapping[str, int]) -> None:
+    """Copy from a tensor what each shard has of it."""
+    if not shards:
+        return
+    letter, axis, rows = _leading(row, sizes)
+    needed = min(box[axis][0] for box, _ in shards), max(box[axis][1] for box, _ in shards)
+    for start, stop in _pieces(*needed, part, rows):
+        piece = row.to_ours(part.read(start * rows, stop * rows), {**sizes, letter: stop - start})
+        for box, shard in shards:
+            first, last = box[axis]
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                source, target = [slice(*bounds) for bounds in box], [slice(None) for _ in box]
+                source[axis], target[axis] = slice(low - start, high - start), slice(low - first, high - first)
+                shard[tuple(target)] = piece[tuple(source)]
+
+
+def _leading(row: Row, sizes: Mapping[str, int]) -> tuple[str, int, int]:
+    """Return the letter that is outermost in the file, its axis in ours (of one layer), and its step in file rows."""
+    letter, *inner = row.their_axes[0].split()
+    ours = row.letters.split()[int(row.stacked) :]
+    return letter, ours.index(letter), math.prod(sizes[name] for name in inner)
+
+
+def _pieces(start: int, stop: int, part: Tensor, rows: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of the leading letter so that each piece has about PIECE_BYTES of the tensor."""
+    bytes_each = rows * math.prod(part.shape[1:]) * part.dtype.itemsize
+    step = max(1, PIECE_BYTES // bytes_each)
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> _Box:
+    return tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
