@@ -167,6 +167,24 @@ def test_an_existing_directory_is_not_overwritten_and_a_failed_save_leaves_nothi
     assert (tmp_path / "full/notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("damage", ["flipped", "short", "more"])
+def test_what_the_disk_does_not_hold_as_written_is_no_export(golden, tmp_path, monkeypatch, damage):
+    model, params = wmss.load(golden / "qwen3/tied")
+    write = tensorfile.save_file
+
+    def badly(arrays, file, metadata):
+        write({**arrays, "stray": np.zeros(1)} if damage == "more" else arrays, file, metadata)
+        content = bytearray(file.read_bytes())
+        if damage == "flipped":
+            content[-5] ^= 1
+        file.write_bytes(content[:-8] if damage == "short" else content)
+
+    monkeypatch.setattr(tensorfile, "save_file", badly)
+    with pytest.raises(OSError, match=r"read back|not what was written"):
+        wmss.save(model, params, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 # -- wmss convert ---------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import processes, streaming, tensorfile
+from wmss_jax import durable, processes, streaming, tensorfile
 from wmss_jax.models import ARCHS, CausalLM, hf_config
 from wmss_jax.models.table import Row
 
@@ -112,7 +112,8 @@ def save(
 ) -> None:
     """Write a Hugging Face directory that transformers, vLLM and lm-eval load, each tensor in its source's dtype.
 
-    The directory appears whole or not at all. On several processes all have to ask; process 0 writes, tensor by tensor.
+    The directory appears whole, its tensors read back and compared, or not at all. On several processes all have to
+    ask; process 0 writes, tensor by tensor.
 
     Args:
         out_dir: must not exist, or be empty.
@@ -121,6 +122,7 @@ def save(
 
     Raises:
         FileExistsError: `out_dir` holds something.
+        OSError: it could not be written, or reads back differently.
     """
     source = None if tokenizer_from is None else resolve(tokenizer_from)
     dtypes = dict(model.file_dtypes) or {row.path: str(leaf_of(params, row).dtype) for row in model.rows}
@@ -207,9 +209,11 @@ def new_directory(out_dir: str | os.PathLike) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        durable.sync_tree(partial)
         if out.exists():
             out.rmdir()
         partial.rename(out)
+        durable.sync(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -37,15 +37,17 @@ def read(
     where = {device: _box(index, shape) for device, index in indices.items()}
     shards = {box: np.empty([stop - start for start, stop in box], dtype) for box in where.values()}
     for layer, part in enumerate(parts):
-        of_layer = shards.items()
-        if row.stacked:
-            of_layer = [(box[1:], shard[layer - box[0][0]]) for box, shard in shards.items() if layer in range(*box[0])]
-        _fill(list(of_layer), row, part, sizes)
+        _fill(_of_layer(shards, layer) if row.stacked else list(shards.items()), row, part, sizes)
     arrays = []
     last = {box: device for device, box in where.items()}  # replicas share a buffer; the last one takes it along
     for device, box in where.items():
-        arrays.append(jax.device_put(shards.pop(box) if last[box] is device else shards[box], device))
+        copied = jax.device_put(shards.pop(box) if last[box] is device else shards[box], device)
+        arrays.append(jax.block_until_ready(copied))  # or the host would hold all shards twice
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _of_layer(shards: Mapping[_Box, np.ndarray], layer: int) -> list[tuple[_Box, np.ndarray]]:
+    return [(box[1:], shard[layer - box[0][0]]) for box, shard in shards.items() if layer in range(*box[0])]
 
 
 def _fill(shards: Sequence[tuple[_Box, np.ndarray]], row: Row, part: Tensor, sizes: Mapping[str, int]) -> None:

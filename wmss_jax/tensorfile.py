@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
@@ -106,9 +107,52 @@ def _header(file: Path) -> Iterator[tuple[str, Tensor]]:
 def write(directory: Path, arrays: Iterator[tuple[str, np.ndarray]], sizes: Mapping[str, int], limit: int) -> None:
     """Write arrays as they come, in files of at most `limit` bytes (one tensor at least), with an index if several.
 
+    All of it was read back and compared when this returns.
+
     Args:
         sizes: bytes of every tensor, in the order of `arrays`: they decide the files before anything is read.
+
+    Raises:
+        OSError: it could not be written, or what the files hold is not what was given.
     """
+    files = _files_of(sizes, limit)
+    given: dict[str, _Content] = {}
+    for file, names in files.items():
+        held = dict(itertools.islice(arrays, len(names)))
+        given |= {name: _content(array) for name, array in held.items()}
+        save_file(held, directory / file, {"format": "pt"})
+        (directory / file).chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    _check(directory, given)
+
+
+class _Content(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    crc32c: int
+
+
+def _content(array: np.ndarray) -> _Content:
+    return _Content(array.dtype, array.shape, google_crc32c.value(array.tobytes()))
+
+
+def _check(directory: Path, given: Mapping[str, _Content]) -> None:
+    """Raise OSError unless the files of a directory hold the tensors that were given, and no others."""
+    try:
+        found = tensors(directory)
+        wrong = [name for name in given if name not in found or _content(found[name].read()) != given[name]]
+    except ValueError as error:
+        raise OSError(f"what was written cannot be read back: {error}") from error
+    wrong += [name for name in found if name not in given]
+    if wrong:
+        raise OSError(f"{directory}: read back, these tensors are not what was written: {', '.join(wrong)}")
+
+
+def _files_of(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """Return {file: names of its tensors}, in order, each file up to `limit` bytes unless one tensor alone has more."""
     plan: list[list[str]] = [[]]
     room = limit
     for name, size in sizes.items():
@@ -117,20 +161,9 @@ def write(directory: Path, arrays: Iterator[tuple[str, np.ndarray]], sizes: Mapp
             room = limit
         plan[-1].append(name)
         room -= size
-    weight_map = {}
-    for number, names in enumerate(plan, 1):
-        single = len(plan) == 1
-        filename = "model.safetensors" if single else f"model-{number:05}-of-{len(plan):05}.safetensors"
-        save_file(
-            {name: array for name, array in itertools.islice(arrays, len(names))},
-            directory / filename,
-            {"format": "pt"},
-        )
-        (directory / filename).chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
-        weight_map |= dict.fromkeys(names, filename)
-    if len(plan) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if len(plan) == 1:
+        return {"model.safetensors": plan[0]}
+    return {f"model-{number:05}-of-{len(plan):05}.safetensors": names for number, names in enumerate(plan, 1)}
 
 
 def _umask() -> int:
