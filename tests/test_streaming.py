@@ -40,7 +40,7 @@ def random_checkpoint(tmp_path_factory):
 
 
 IMPORT = """
-import json, resource, sys, threading, time
+import json, sys, threading, time
 import jax, wmss_jax as wmss
 mesh = wmss.make_mesh(1, 8, 1) if sys.argv[2] == "8" else None
 anonymous = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
@@ -54,9 +54,8 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 model, params = wmss.load(sys.argv[1], mesh, sys.argv[3])
 jax.block_until_ready(params)
-arrays = [shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
-largest = max(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
-print(json.dumps({"excess": peak - before - sum(arrays), "largest": largest, "all": sum(arrays)}))
+shards = [shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+print(json.dumps({"excess": peak - before - sum(shards), "largest": max(shards), "all": sum(shards)}))
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 from jaxtyping import Array
 
 from wmss_jax.models.table import Row
@@ -32,17 +32,17 @@ def read(
         sharding: default: all of it on the default device.
     """
     shape = row.our_shape(sizes)
-    sharding = sharding or SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
-    indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(shape)
-    where = {device: _box(index, shape) for device, index in indices.items()}
-    shards = {box: np.empty([stop - start for start, stop in box], dtype) for box in where.values()}
+    sharding = sharding or jnp.zeros(()).sharding
+    devices: dict[_Box, list[jax.Device]] = {}  # replicas share what is read for them
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        devices.setdefault(_box(index, shape), []).append(device)
+    shards = {box: np.empty([stop - start for start, stop in box], dtype) for box in devices}
     for layer, part in enumerate(parts):
         _fill(_of_layer(shards, layer) if row.stacked else list(shards.items()), row, part, sizes)
     arrays = []
-    last = {box: device for device, box in where.items()}  # replicas share a buffer; the last one takes it along
-    for device, box in where.items():
-        copied = jax.device_put(shards.pop(box) if last[box] is device else shards[box], device)
-        arrays.append(jax.block_until_ready(copied))  # or the host would hold all shards twice
+    while shards:  # one after the other is copied and let go, or the host would hold all of them twice
+        box, shard = shards.popitem()
+        arrays += [jax.block_until_ready(jax.device_put(shard, device)) for device in devices[box]]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
@@ -82,5 +82,5 @@ def _pieces(start: int, stop: int, part: Tensor, rows: int) -> Iterator[tuple[in
         yield first, min(first + step, stop)
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> _Box:
+def _box(index: Any, shape: tuple[int, ...]) -> _Box:
     return tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
