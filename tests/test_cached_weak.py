@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
@@ -36,24 +37,25 @@ def dataset(tmp_path_factory):
     )
 
 
-def made(dataset, directory, seq_len, batch_size):
+def made(dataset, directory, seq_len, batch_size, model=BF16):
     """The weak agent's cache, by the pass that scores."""
     identity = {"model": "weak"}
     with weak_cache.Writer(directory, dataset, 32, identity) as writer:
-        scoring.score(BF16, tiny.params(MODEL, 1), dataset, seq_len=seq_len, batch_size=batch_size, keep=writer.add)
+        scoring.score(model, tiny.params(MODEL, 1), dataset, seq_len=seq_len, batch_size=batch_size, keep=writer.add)
     return weak_cache.WeakCache.open(directory, dataset, identity)
 
 
-def both(dataset, cache, seq_len, batch_size):
+def both(dataset, cache, seq_len, batch_size, model=BF16):
     """(cached and computed hidden states of all real tokens as integers, the two losses and gradients) of a step."""
     plan = epochs.plan(dataset.lengths, seq_len=seq_len, batch_size=batch_size, seed=0, epochs=1)
     batch = data.batch(dataset, plan, 0, weak_hidden=cache.read)
     strong, weak = tiny.params(MODEL, 0), tiny.params(MODEL, 1)
     resident = {name: value for name, value in batch.items() if name != "weak_hidden"}
-    hidden = jax.jit(BF16.hidden)(weak, batch["tokens"], batch["positions"], batch["segments"])
+    hidden = jax.jit(model.hidden)(weak, batch["tokens"], batch["positions"], batch["segments"])
+    hidden = hidden.astype(jnp.bfloat16)
     bits = [np.asarray(h)[batch["segments"] > 0].view(np.int16).astype(int) for h in (batch["weak_hidden"], hidden)]
     value = jax.jit(
-        jax.value_and_grad(lambda p, frozen, batch: wmss.loss(BF16, LogitMix(), {"strong": p}, frozen, batch)[0])
+        jax.value_and_grad(lambda p, frozen, batch: wmss.loss(model, LogitMix(), {"strong": p}, frozen, batch)[0])
     )
     head_alone = {"unembed": weak["unembed"]}
     return bits, value(strong, {"weak": head_alone}, batch), value(strong, {"weak": weak}, resident)
@@ -66,10 +68,24 @@ def test_in_the_same_rows_cached_is_resident_bit_for_bit(dataset, tmp_path):
 
 
 def test_in_other_rows_it_is_the_same_up_to_the_last_place(dataset, tmp_path):
-    (cached, computed), with_cache, without = both(dataset, made(dataset, tmp_path / "c", 24, 3), 64, 4)
+    """Of float32 layers, whose sums depend on the rows in the seventh digit only, whatever the CPU can do."""
+    (cached, computed), with_cache, without = both(dataset, made(dataset, tmp_path / "c", 24, 3, MODEL), 64, 4, MODEL)
     assert np.mean(cached == computed) >= 0.999
     assert np.abs(cached - computed).max() <= 1, "within one unit in the last place"
-    np.testing.assert_allclose(with_cache[0], without[0], rtol=1e-5)
+    np.testing.assert_allclose(with_cache[0], without[0], rtol=1e-4)  # the resident one's are not rounded to bfloat16
+
+
+def test_in_other_rows_bfloat16_layers_differ_by_less_than_they_are_wrong(dataset, tmp_path):
+    """A sum that rounds the other way changes all that follows it: on CPUs that multiply bfloat16 as such, in one value
+    of twenty; on those that widen it first, in one of a thousand."""
+    cache = made(dataset, tmp_path / "c", 24, 3)
+    (cached, computed), with_cache, without = both(dataset, cache, 64, 4)
+    (_, exact), *_ = both(dataset, cache, 64, 4, MODEL)
+    value = lambda bits: bits.astype(np.int16).view(ml_dtypes.bfloat16).astype(float)
+    rms = lambda x: np.sqrt(np.mean(np.square(x)))
+    assert np.mean(cached == computed) >= 0.9
+    assert rms(value(cached) - value(computed)) <= rms(value(computed) - value(exact)) / 3
+    np.testing.assert_allclose(with_cache[0], without[0], rtol=1e-4)
 
 
 def test_rows_have_hidden_states_where_they_have_tokens(dataset):
