@@ -18,7 +18,8 @@ from wmss_jax.config import ConfigError, RunConfig, build, digest, json_schema, 
 from wmss_jax.evals.graders import GRADERS
 
 MINIMAL = {"work_dir": "runs/x", "model": {"path": "org/base"}, "dataset": {"train": "train.jsonl"}}
-WEAK_KEYS = "trainable, placement, cache, cache_budget_gb"
+WEAK_KEYS = "trainable, source, control, placement, cache, cache_budget_gb"
+CONTROL_KEYS = "objective, weak, teacher, reference, resample, curriculum, neftune"
 NEW = {"config": "tiny/config.json"}  # a model of random parameters
 
 
@@ -45,6 +46,10 @@ def complaint(path, overrides=()):
 
 def train(**source):
     return {"dataset": {"train": [{"path": "a.jsonl"} | source]}}
+
+
+def weak(**given):
+    return {"joint": {"weak": given}}
 
 
 def task(**changes):
@@ -142,7 +147,54 @@ BAD_SECTIONS = [
     ({"joint": {"weak": {"zz": 1}}}, f"joint.weak.zz: unknown key; valid: {WEAK_KEYS}"),
     ({"joint": {"eval_every_steps": 5}}, "joint.eval_every_steps: needs eval.data with held-out examples"),
     ({"controls": {"a": {"weak": {"zz": 1}}}}, f"controls.a.weak.zz: unknown key; valid: {WEAK_KEYS}"),
-    ({"controls": {"a": {}}}, "controls.a: is the joint stage over again; give objective, weak or resample"),
+    ({"controls": {"a": {}}}, f"controls.a: is the joint stage over again; give one of {CONTROL_KEYS}"),
+    (
+        {"controls": {"a": {"resample": False, "curriculum": {"control": "uniform"}}}},
+        "controls.a.curriculum: nothing is drawn by it; set resample to true",
+    ),
+    (
+        {"curriculum": {"control": "entropy_change", "beta": 0, "gamma": 0}},
+        "curriculum: control: entropy_change is left with the terms of drop and rise, whose weights are 0",
+    ),
+    (weak(source={"name": "ema"}), "joint.weak.source: ema needs decay and no other number, got none"),
+    (
+        weak(source={"name": "ema", "decay": 0.9, "t": 0.5}),
+        "joint.weak.source: ema needs decay and no other number, got decay, t",
+    ),
+    (weak(source={"step": 3}), "joint.weak.source: base takes no number, got step"),
+    (
+        weak(source={"name": "ema", "decay": 0.9}, placement="cached"),
+        "joint.weak: placement: cached: source ema changes in every step; use placement: resident",
+    ),
+    (
+        weak(source={"name": "early_exit", "layer": 1}, placement="cached"),
+        "joint.weak: placement: cached: source early_exit changes in every step; use placement: resident",
+    ),
+    (
+        weak(source={"name": "interpolation", "t": 0.5}, placement="cached"),
+        "joint.weak: placement: cached: source interpolation changes in every step; use placement: resident",
+    ),
+    (
+        weak(source={"name": "noise", "std": 0.1}, placement="cached"),
+        "joint.weak: placement: cached: source noise is no checkpoint, which hidden states are kept of; use placement: "
+        "resident",
+    ),
+    (
+        weak(source={"name": "noise", "std": 0.1}, trainable=True),
+        "joint.weak: trainable: a weak agent made by source noise has no parameters of its own to train",
+    ),
+    (
+        weak(control="constant", trainable=True),
+        "joint.weak: trainable: control constant replaces what a trained weak agent would learn from",
+    ),
+    (
+        weak(source={"name": "ema", "decay": 0.9}) | {"lora": {}},
+        "joint.weak.source: ema is made of whole models' parameters; with lora use base or sft_step",
+    ),
+    (
+        weak(control="shuffled_examples") | {"dataset": {"train": "a.jsonl", "batch_size": 1}},
+        "joint.weak.control: shuffled_examples needs dataset.batch_size >= 2, rows to trade",
+    ),
     ({"controls": {"a/b": {"resample": False}}}, "controls.a/b: not a name: a letter, then letters, digits and _"),
     (
         {"controls": {"sft": {"resample": False}}},
@@ -344,19 +396,26 @@ def sections(draw, model):
         drawn |= draw(st.dictionaries(st.sampled_from(["lam", "tau"]), scalars))
     if model is config.WeakConfig:
         resident = {"placement": "resident", "cache": None, "cache_budget_gb": None}
-        drawn |= draw(st.sampled_from([{"placement": "cached", "trainable": False}, resident]))
+        checkpoint = {"source": draw(st.sampled_from([{"name": "base"}, {"name": "sft_step", "step": 3}]))}
+        drawn |= checkpoint | draw(st.sampled_from([{"placement": "cached", "trainable": False}, resident]))
+        if drawn.get("trainable"):
+            drawn["control"] = "none"
+    if model is config.JointConfig and drawn.get("curriculum") is not None:
+        drawn["resample"] = True
     if model is config.ExportConfig:
         drawn["format"] = "model"
     if model is config.DatasetConfig and drawn.get("system_prompt") is not None:
         drawn["chat_template"] = True
     if model is config.ControlConfig:
-        drawn["resample"] = draw(st.booleans())
+        drawn["resample"] = drawn.get("curriculum") is not None or draw(st.booleans())
     if model is config.TaskConfig:
         drawn["source"] = {"path": "a.jsonl", "prompt": "{q}", "answer": "{a}"}
     if model is config.EvalConfig:
         drawn.setdefault("data", ["held_out.jsonl"])
     if model is RunConfig:
         drawn.setdefault("eval", {"data": "held_out.jsonl"})
+        if "shuffled_examples" in json.dumps(drawn):
+            drawn["dataset"]["batch_size"] = 8
         drawn.setdefault("train", {})["micro_batches"] = drawn["dataset"].get("batch_size", 256)
         if drawn["model"].get("config") is None:
             drawn["pretrain"] = None

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "wmss_jax"
 # From the bottom up. A module imports only from layers below its own, and within a layer only where "+" says so.
 LAYERS = [
     ["precision", "matmul", "yamlfile", "digests", "durable", "sources", "hlo"],
+    ["weak_config"],
     ["config", "objectives", "curriculum", "packing", "sharding", "hardware"],
     ["attention.blockwise", "attention.splash", "attention.triton"],
     ["attention", "optim", "epochs", "diagnostics"],

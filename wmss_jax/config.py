@@ -28,6 +28,7 @@ from pydantic import (
 
 from wmss_jax import yamlfile
 from wmss_jax.sources import Section, Source, SourceConfig, Sources, Text
+from wmss_jax.weak_config import CHECKPOINTS, WeakConfig
 from wmss_jax.yamlfile import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -230,6 +231,16 @@ class TrainConfig(Section):
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
+class NeftuneConfig(Section):
+    """NEFTune (arXiv 2310.05914): noise alpha / sqrt(L D) · U[-1, 1] on the embeddings of what is trained."""
+
+    alpha: NonNegativeFloat = 5.0
+    """Size of the noise; 0: none. Its authors: 5, 10 and 15; WMSS' baseline: 5."""
+    length: Literal["example", "row"] = "example"
+    """What L is. example: the example's own tokens, as in its authors' code; row: all of the row with its padding, as
+    in Hugging Face's and in WMSS' first code. D is the model's width either way."""
+
+
 class StageConfig(Section):
     """One training stage: its length, and where it departs from the recipe."""
 
@@ -243,6 +254,8 @@ class StageConfig(Section):
     """Tokens with a loss; null: `dataset.loss_on`."""
     eval_every_steps: PositiveInt | None = None
     """Optimizer steps between two evaluations on `eval.data`; null: `eval.every_steps`."""
+    neftune: NeftuneConfig | None = None
+    """Noise on the embeddings, with any objective; null: none."""
 
 
 class PretrainConfig(StageConfig):
@@ -264,6 +277,11 @@ class ScoreConfig(Section):
 class CurriculumConfig(Section):
     """From the entropies of the weak and the strong agent to the examples of the joint stage."""
 
+    control: Literal["none", "uniform", "strong_entropy", "entropy_change", "random"] = "none"
+    """What the probabilities are replaced by, to find out what a gain is owed to. uniform: every example alike, which
+    leaves drawing with replacement, and dedup. strong_entropy: in proportion to the strong agent's entropy alone.
+    entropy_change: without the term of difficulty, drop and rise alone. random: the same probabilities, dealt to the
+    examples at random, so that the effective sample size is the same. v1, v2 and code: none."""
     variant: Literal["v1", "v2"] = "v1"
     """Meaning of alpha and beta, see there. v1 and code: v1; v2: v2."""
     alpha: NonNegativeFloat = 0.1
@@ -292,6 +310,9 @@ class CurriculumConfig(Section):
     def _some_term(self) -> "CurriculumConfig":
         if self.alpha == self.beta == self.gamma == 0:
             raise ValueError("alpha, beta and gamma are all 0; at least one must be > 0")
+        change = self.beta if self.variant == "v1" else self.alpha
+        if self.control == "entropy_change" and change == self.gamma == 0:
+            raise ValueError("control: entropy_change is left with the terms of drop and rise, whose weights are 0")
         return self
 
 
@@ -308,30 +329,6 @@ class ObjectiveConfig(Section):
     """Which row of OBJECTIVES."""
 
 
-class WeakConfig(Section):
-    """The weak agent of the joint stage."""
-
-    trainable: bool = False
-    """Train the weak branch too and drop it afterwards. v1: false; v2 and code: true, and v2's Table 3 has it ahead of
-    the frozen one by 5.6 (MATH500) and 0.3 (GSM8K) points."""
-    placement: Literal["resident", "cached"] = "resident"
-    """resident: the weak model runs in every step. cached: its final hidden states are written to disk once, 2 bytes
-    times the model's width a token, by the pass that scores it, and read beside the tokens; its layers are never
-    loaded."""
-    cache: Text | None = None
-    """Directory that `wmss score --cache-hidden` wrote; null: one in the work directory, made when it is needed."""
-    cache_budget_gb: PositiveFloat | None = None
-    """Most disk space, in 10⁹ bytes, that a cache may take; null: what is free."""
-
-    @pydantic.model_validator(mode="after")
-    def _what_can_be_cached(self) -> "WeakConfig":
-        if self.placement == "cached" and self.trainable:
-            raise ValueError("placement: cached needs a weak agent that stays as it is; set trainable to false")
-        if self.placement == "resident" and (self.cache or self.cache_budget_gb):
-            raise ValueError(f"{'cache' if self.cache else 'cache_budget_gb'} is for placement: cached")
-        return self
-
-
 class JointConfig(StageConfig):
     """The joint stage: the strong agent goes on training together with the weak one."""
 
@@ -339,8 +336,15 @@ class JointConfig(StageConfig):
     """Loss: {name: ..., its hyper-parameters}. v1, v2 and code: logit_mix with lam 0.5; code mixes in bfloat16."""
     weak: WeakConfig = WeakConfig()
     """The agent whose logits are mixed into the strong one's."""
+    teacher: Text | None = None
+    """Model that `distill` learns from: a Hugging Face directory, hub id or checkpoint, with the same vocabulary."""
+    reference: Literal["start", "base"] = "start"
+    """Model that undial, gift and asft hold on to: start, M1 (in round t M_t), where this stage starts; base: M0 (in
+    round t M_{t-1})."""
     resample: bool = True
     """Draw the examples by the curriculum; false: each once an epoch, shuffled."""
+    curriculum: CurriculumConfig | None = None
+    """Replaces the recipe's `curriculum` as a whole: keys not given have their defaults; null: the recipe's."""
 
 
 class ControlConfig(Section):
@@ -350,13 +354,21 @@ class ControlConfig(Section):
     """Loss instead of the joint stage's."""
     weak: WeakConfig | None = None
     """Weak agent instead of the joint stage's."""
+    teacher: Text | None = None
+    """Teacher instead of the joint stage's."""
+    reference: Literal["start", "base"] | None = None
+    """Reference instead of the joint stage's."""
     resample: bool | None = None
     """Choice of examples instead of the joint stage's."""
+    curriculum: CurriculumConfig | None = None
+    """Curriculum instead of the joint stage's."""
+    neftune: NeftuneConfig | None = None
+    """Noise on the embeddings instead of the joint stage's."""
 
     @pydantic.model_validator(mode="after")
     def _some_difference(self) -> "ControlConfig":
         if all(value is None for _, value in self):
-            raise ValueError("is the joint stage over again; give objective, weak or resample")
+            raise ValueError(f"is the joint stage over again; give one of {', '.join(type(self).model_fields)}")
         return self
 
 
@@ -486,6 +498,9 @@ class RunConfig(Section):
                 raise ValueError("export.format: adapter needs lora, and model.path for others to load it onto")
             if self.export.calibrate != "none":
                 raise ValueError("export.calibrate: lambda changes the final norm, which an adapter does not hold")
+        for name, arm in self.arms().items():
+            own = self.joint if name == "joint" else self.controls[name]
+            self._check_arm("joint" if name == "joint" else f"controls.{name}", arm, own.curriculum is not None)
         if self.joint.weak.cache and self.rounds > 1:
             raise ValueError("joint.weak.cache: is of one weak agent, and rounds > 1 have several; leave it out")
         optimizers = [self.optimizer, *(stage.optimizer for stage in stages if stage.optimizer)]
@@ -498,6 +513,17 @@ class RunConfig(Section):
             if stage is not None and stage.eval_every_steps and not self.eval.data:
                 raise ValueError(f"{name}.eval_every_steps: needs eval.data with held-out examples")
         return self
+
+    def _check_arm(self, where: str, arm: JointConfig, has_curriculum: bool) -> None:
+        if has_curriculum and not arm.resample:
+            raise ValueError(f"{where}.curriculum: nothing is drawn by it; set resample to true")
+        if self.lora is not None and arm.weak.source.name not in CHECKPOINTS:
+            raise ValueError(
+                f"{where}.weak.source: {arm.weak.source.name} is made of whole models' parameters; with lora use base "
+                "or sft_step"
+            )
+        if arm.weak.control == "shuffled_examples" and self.dataset.batch_size < 2:
+            raise ValueError(f"{where}.weak.control: shuffled_examples needs dataset.batch_size >= 2, rows to trade")
 
 
 # -- from a file to the recipe ----------------------------------------------------------------------------------------
