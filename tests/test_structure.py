@@ -14,6 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "wmss_jax"
 LAYERS = [
     ["precision", "matmul", "yamlfile", "digests", "durable", "sources", "hlo"],
     ["weak_config"],
+    ["objectives.tokens"],
+    ["objectives.mixing", "objectives.likelihood", "objectives.distillation"],
+    ["objectives.controls"],
     ["config", "objectives", "curriculum", "packing", "sharding", "hardware"],
     ["attention.blockwise", "attention.splash", "attention.triton"],
     ["attention", "optim", "epochs", "diagnostics"],

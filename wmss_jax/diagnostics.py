@@ -42,7 +42,7 @@ def measure(
     """
     V = logits["strong"].shape[-1]
     mixed = getattr(objective, "mixed", None)
-    named = {**logits, **({"mix": mixed(logits, ctx)} if mixed else {})}
+    named = {**logits, **({"mix": mixed(logits, targets_N, ctx)} if mixed else {})}
     found: dict[str, Array] = {}
     for name, z_NV in named.items():
         margin_N, std_N = margin(z_NV, targets_N, vocab_size), _deviation(z_NV, vocab_size)

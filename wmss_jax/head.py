@@ -20,9 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wmss_jax import diagnostics, matmul, precision, sharding
-from wmss_jax.objectives import Context, Objective
+from wmss_jax.objectives.tokens import PADDED_LOGIT, Context, Objective
 
-PADDED_LOGIT = -1e30  # of vocabulary rows that are only padding; -inf would give 0 · -inf = NaN when mixed
 # Of all roles' float32 logits tiles on one device, where the chunk is not given: long enough for the head's matrix not
 # to be read too often, and on a CPU what its cache may still help with (512 tokens of 32,768 logits: 1.4 instead of 1.7
 # seconds for 2,048).
