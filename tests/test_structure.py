@@ -26,7 +26,7 @@ LAYERS = [
     ["models.layers"],
     ["models.qwen3"],
     ["models"],
-    ["flops"],
+    ["flops", "weak_source", "neftune"],
     ["step"],
     ["processes", "watchdog", "compilation", "tensorfile", "tracking", "tokenizer", "examples", "topologies"],
     ["preemption", "streaming"],

@@ -11,11 +11,16 @@ if TYPE_CHECKING:
     from wmss_jax.config import OptimizerConfig
 
 
-def make(config: "OptimizerConfig", total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make(
+    config: "OptimizerConfig", total_steps: int, weak_decay: float | None = None
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Return the gradient transformation and its learning-rate schedule.
 
     Clipping acts on the joint norm of everything that is trained: with a trained weak role, of both roles together,
     as in the released code.
+
+    Args:
+        weak_decay: of the average that a weak agent is, which is then in the state, too.
     """
     schedule = learning_rate(config, total_steps)
     adamw = optax.adamw(
@@ -23,7 +28,8 @@ def make(config: "OptimizerConfig", total_steps: int) -> tuple[optax.GradientTra
     )
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
     ema = [average(config.ema_decay)] if config.ema_decay is not None else []
-    return optax.chain(*clip, adamw, *ema), schedule
+    weak = [average(weak_decay, WeakAverageState)] if weak_decay is not None else []
+    return optax.chain(*clip, adamw, *ema, *weak), schedule
 
 
 def learning_rate(config: "OptimizerConfig", total_steps: int) -> optax.Schedule:
@@ -66,19 +72,25 @@ class AverageState(NamedTuple):
     average: PyTree[Array]
 
 
-def average(decay: float) -> optax.GradientTransformation:
+class WeakAverageState(NamedTuple):
+    """`weak_average`: the same, of another decay, for a weak agent (`weak_source.Ema`)."""
+
+    weak_average: PyTree[Array]
+
+
+def average(decay: float, State: type = AverageState) -> optax.GradientTransformation:
     """Return a last link of a chain that passes updates on and keeps an exponential moving average of the parameters.
 
-    Read it with `optax.tree.get(opt_state, "average")`.
+    Read it with `optax.tree.get(opt_state, "average")`, or by the name of the field of another `State`.
     """
 
-    def init(params: PyTree[Array]) -> AverageState:
-        return AverageState(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+    def init(params: PyTree[Array]) -> Any:
+        return State(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, AverageState]:
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("the average of the parameters needs them: call tx.update(grads, state, params)")
         blend = lambda mean, p, u: decay * mean + (1 - decay) * (p + u).astype(jnp.float32)
-        return updates, AverageState(jax.tree.map(blend, state.average, params, updates))
+        return updates, State(jax.tree.map(blend, state[0], params, updates))
 
     return optax.GradientTransformation(init, update)
