@@ -17,7 +17,7 @@ LAYERS = [
     ["objectives.tokens"],
     ["objectives.mixing", "objectives.likelihood", "objectives.distillation"],
     ["objectives.controls"],
-    ["config", "objectives", "curriculum", "packing", "sharding", "hardware"],
+    ["config", "objectives", "curriculum", "packing", "sharding", "hardware", "intervals"],
     ["attention.blockwise", "attention.splash", "attention.triton"],
     ["attention", "optim", "epochs", "diagnostics"],
     ["head"],

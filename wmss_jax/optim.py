@@ -11,25 +11,38 @@ if TYPE_CHECKING:
     from wmss_jax.config import OptimizerConfig
 
 
-def make(
-    config: "OptimizerConfig", total_steps: int, weak_decay: float | None = None
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make(config: "OptimizerConfig", total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Return the gradient transformation and its learning-rate schedule.
 
     Clipping acts on the joint norm of everything that is trained: with a trained weak role, of both roles together,
     as in the released code.
-
-    Args:
-        weak_decay: of the average that a weak agent is, which is then in the state, too.
     """
     schedule = learning_rate(config, total_steps)
+    return _chain(config, schedule), schedule
+
+
+def make_for_any_rate(config: "OptimizerConfig", total_steps: int) -> optax.GradientTransformation:
+    """Return `make`'s transformation with the peak learning rate in its state, so that all rates are one program.
+
+    Set it with `optax.tree.set(opt_state, peak_lr=...)`; `config.peak_lr` has no part in it.
+    """
+    shape = learning_rate(config.model_copy(update={"peak_lr": 1.0}), total_steps)
+    return _chain(config, shape, optax.inject_hyperparams(_scale)(peak_lr=0.0))
+
+
+def _scale(peak_lr: Any) -> optax.GradientTransformation:
+    return optax.scale(peak_lr)
+
+
+def _chain(
+    config: "OptimizerConfig", schedule: optax.Schedule, *scale: optax.GradientTransformation
+) -> optax.GradientTransformation:
     adamw = optax.adamw(
         schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
     )
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
     ema = [average(config.ema_decay)] if config.ema_decay is not None else []
-    weak = [average(weak_decay, WeakAverageState)] if weak_decay is not None else []
-    return optax.chain(*clip, adamw, *ema, *weak), schedule
+    return optax.chain(*clip, adamw, *scale, *ema)
 
 
 def learning_rate(config: "OptimizerConfig", total_steps: int) -> optax.Schedule:
@@ -64,6 +77,11 @@ def decayed(params: PyTree[Array]) -> PyTree[bool]:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not any("norm" in str(key) or "bias" in str(key) for key in path), params
     )
+
+
+def with_weak_average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Return `tx` that keeps besides the average of the parameters that a weak agent is (`weak_source.Ema`)."""
+    return optax.chain(tx, average(decay, WeakAverageState))
 
 
 class AverageState(NamedTuple):

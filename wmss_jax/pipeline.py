@@ -18,7 +18,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -94,7 +94,8 @@ def _run(
             probs, report = selection.curriculum_of(run, number, weak, strong)
             summary["curriculum"][f"round {number}"] = report
         for name in names:
-            finals[_nth(name, number)] = _arm(run, number, name, arms[name], weak, strong, probs, hidden[name])
+            found = arm(run, number, name, arms[name], weak, strong, probs, hidden[name])
+            finals[_nth(name, number)] = _train(run, found)
         lineage.append(finals[_nth("joint", number)])
     summary["models"] = {name: str(ref.directory) for name, ref in finals.items()}
     if until is None:
@@ -129,18 +130,28 @@ def _base(run: Run) -> ModelRef:
         return start
     if stage.train:
         run = dataclasses.replace(run, dataset=run.encoded(stage.train))
-    return _train(
-        run, "pretrain", stage, objectives.Sft(), {"strong": start}, ("strong",), _plan(run, "pretrain", stage)
-    )
+    plan = _plan(run, "pretrain", stage)
+    return _train(run, _work(run, "pretrain", stage, objectives.Sft(), {"strong": start}, ("strong",), plan))
 
 
 def _sft(run: Run, base: ModelRef) -> ModelRef:
     """Return M1: M0 fine-tuned on every example once an epoch."""
     stage = run.recipe.sft
-    return _train(run, "sft", stage, objectives.Sft(), {"strong": base}, ("strong",), _plan(run, "sft", stage))
+    return _train(
+        run, _work(run, "sft", stage, objectives.Sft(), {"strong": base}, ("strong",), _plan(run, "sft", stage))
+    )
 
 
-def _arm(
+class Work(NamedTuple):
+    """A training stage: what it does, JSON of everything that this depends on, and the base of its adapters."""
+
+    job: train.Job
+    inputs: Mapping[str, Any]
+    base: ModelRef | None
+    settings: tuple[tuple[str, str | None], ...]
+
+
+def arm(
     run: Run,
     number: int,
     name: str,
@@ -148,24 +159,24 @@ def _arm(
     weak: ModelRef,
     strong: ModelRef,
     probs: np.ndarray | None,
-    weak_hidden: Callable[[], WeakCache] | None,
-) -> ModelRef:
-    """Return what the joint stage, or one of its controls, makes of M_t with the weak agent M_{t-1}."""
-    arm, joint = run.recipe.arms()[name], run.recipe.joint
+    weak_hidden: Callable[[], WeakCache] | None = None,
+) -> Work:
+    """Return the joint stage of round t, or one of its controls: M_t trained on with the weak agent M_{t-1}."""
+    stage, joint = run.recipe.arms()[name], run.recipe.joint
     seed_name = _nth("joint", number)  # the same draws for all arms: they are compared in pairs
     steps = _plan(run, seed_name, joint, probs if joint.resample else None).total_steps
-    plan = _plan(run, seed_name, arm.model_copy(update={"steps": steps}), probs if arm.resample else None)
+    plan = _plan(run, seed_name, stage.model_copy(update={"steps": steps}), probs if stage.resample else None)
     refs = {"strong": strong, "weak": weak}
     refs = {role: refs[role] for role in objective.roles}
-    trained = tuple(role for role in refs if role == "strong" or arm.weak.trainable)
+    trained = tuple(role for role in refs if role == "strong" or stage.weak.trainable)
     extra: dict[str, Any] = {"steps": steps}
-    if arm.resample:
+    if stage.resample:
         assert probs is not None
         c = run.recipe.curriculum
         extra["draw"] = {"probs": f"{zlib.crc32(probs.tobytes()):08x}", "dedup": c.dedup, "multiplier": c.multiplier}
     if weak_hidden is not None:
         extra["weak"] = "cached"
-    return _train(run, _nth(name, number), arm, objective, refs, trained, plan, extra, weak_hidden)
+    return _work(run, _nth(name, number), stage, objective, refs, trained, plan, extra, weak_hidden)
 
 
 def _hidden_states(
@@ -181,12 +192,11 @@ def _hidden_states(
     return opened
 
 
-def _train(
+def _work(
     run: Run, name: str, stage: config.StageConfig, objective: objectives.Objective,
     refs: Mapping[str, ModelRef], trained: tuple[str, ...], plan: epochs.Plan, extra: Mapping[str, Any] = {},
     weak_hidden: Callable[[], WeakCache] | None = None,
-) -> ModelRef:  # fmt: skip
-    """Carry out one training stage and return the strong role it ends with."""
+) -> Work:  # fmt: skip
     recipe, m = run.recipe, run.recipe.model
     lineage = {role: ref.digest for role, ref in refs.items()}
     cached = frozenset(["weak"] if weak_hidden is not None else [])
@@ -240,10 +250,15 @@ def _train(
         held_out=held_out,
         weak_hidden=weak_hidden,
     )
-    work = lambda: {"checkpoint": train.train(job).relative_to(run.work).as_posix()}
-    output = run.stage(name, inputs, work, job.directory / "checkpoints")
-    settings = next(iter(refs.values())).settings
-    return ModelRef(run.work / output["checkpoint"], "strong", settings, found.base)
+    return Work(job, inputs, found.base, next(iter(refs.values())).settings)
+
+
+def _train(run: Run, work: Work) -> ModelRef:
+    """Carry out one training stage and return the strong role it ends with."""
+    job = work.job
+    do = lambda: {"checkpoint": train.train(job).relative_to(run.work).as_posix()}
+    output = run.stage(job.directory.name, work.inputs, do, job.directory / "checkpoints")
+    return ModelRef(run.work / output["checkpoint"], "strong", work.settings, work.base)
 
 
 def _plan(run: Run, name: str, stage: config.StageConfig, probs: np.ndarray | None = None) -> epochs.Plan:

@@ -91,30 +91,12 @@ def curriculum_of(run: Run, number: int, weak: ModelRef, strong: ModelRef) -> tu
     """Return the sampling probabilities of a round, and their report; stop where they would leave a handful."""
     c = run.recipe.curriculum
     found = {"weak": scores(run, weak), "strong": scores(run, strong)}
-    parts = curriculum.terms(
-        found["weak"].entropy, found["strong"].entropy, c.alpha, c.beta, c.gamma, c.variant, c.normalize_terms,
-        c.uniform_share,
-    )  # fmt: skip
-    probs = np.sum(list(parts.values()), axis=0)
-    share = curriculum.effective_share(probs)
-    report = {
-        "effective_share": share,
-        "effective_examples": share * len(probs),
-        "term_shares": curriculum.term_shares(parts),
-        **{f"entropy_{role}": _quantiles(s.entropy) for role, s in found.items()},
-        "entropy_fell_on": float(np.mean(found["strong"].entropy < found["weak"].entropy)),
-    }
-    path = run.work / "curriculum" / f"round-{number}.json"
-    if share < c.min_effective_share:
-        path = path.with_name(f"round-{number}-collapsed.json")  # another name: nothing of a finished run is touched
+    probs, report = probabilities(c, found)
+    if (share := report["effective_share"]) < c.min_effective_share:
+        path = run.work / "curriculum" / f"round-{number}-collapsed.json"  # nothing of a finished run is touched
         processes.by_first(lambda: _write(path, report))
-        raise ValueError(
-            f"the curriculum collapses: its effective sample size is {share * len(probs):.0f} of {len(probs)} examples "
-            f"({share:.1%}, curriculum.min_effective_share is {c.min_effective_share:.1%}). Entropy fell on "
-            f"{report['entropy_fell_on']:.1%} of the examples only, so the weight on its fall goes to a few: a weak "
-            f"agent that is confidently wrong does this. Mix with uniform draws (curriculum.uniform_share=0.5), lower "
-            f"curriculum.beta, or lower curriculum.min_effective_share to go on as it is. Report: {path}"
-        )
+        raise ValueError(f"{collapse(c, report, len(probs))}. Report: {path}")
+    path = run.work / "curriculum" / f"round-{number}.json"
 
     def work() -> dict[str, Any]:
         processes.by_first(lambda: _write(path, report, probs))
@@ -128,6 +110,36 @@ def curriculum_of(run: Run, number: int, weak: ModelRef, strong: ModelRef) -> tu
     run.say(f"curriculum: effective sample size {share:.1%}, shares {_percent(report['term_shares'])}")
     # From the file, because another machine may round the sums above otherwise, and go on with this one's work.
     return np.load(path.with_suffix(".npy")), report
+
+
+def probabilities(c: config.CurriculumConfig, found: Mapping[str, scoring.Scores]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the sampling probabilities that follow from the scores of the weak and the strong agent; a report."""
+    parts = curriculum.terms(
+        found["weak"].entropy, found["strong"].entropy, c.alpha, c.beta, c.gamma, c.variant, c.normalize_terms,
+        c.uniform_share,
+    )  # fmt: skip
+    probs = np.sum(list(parts.values()), axis=0)
+    share = curriculum.effective_share(probs)
+    report = {
+        "effective_share": share,
+        "effective_examples": share * len(probs),
+        "term_shares": curriculum.term_shares(parts),
+        **{f"entropy_{role}": _quantiles(s.entropy) for role, s in found.items()},
+        "entropy_fell_on": float(np.mean(found["strong"].entropy < found["weak"].entropy)),
+    }
+    return probs, report
+
+
+def collapse(c: config.CurriculumConfig, report: Mapping[str, Any], n: int) -> str:
+    """Return why a curriculum over `n` examples is not accepted, and what to do."""
+    share = report["effective_share"]
+    return (
+        f"the curriculum collapses: its effective sample size is {share * n:.0f} of {n} examples "
+        f"({share:.1%}, curriculum.min_effective_share is {c.min_effective_share:.1%}). Entropy fell on "
+        f"{report['entropy_fell_on']:.1%} of the examples only, so the weight on its fall goes to a few: a weak "
+        f"agent that is confidently wrong does this. Mix with uniform draws (curriculum.uniform_share=0.5), lower "
+        f"curriculum.beta, or lower curriculum.min_effective_share to go on as it is"
+    )
 
 
 def _write(path: Path, report: Mapping[str, Any], probs: np.ndarray | None = None) -> None:

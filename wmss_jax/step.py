@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Integer, PyTree
 
 from wmss_jax import attention, diagnostics, head, sharding
 from wmss_jax.models import CausalLM
@@ -98,7 +98,7 @@ def loss(
     chunk_tokens: int | None = None,
     z_loss: float = 0.0,
     step: int | Int[Array, ""] = 0,
-    seed: int = 0,
+    seed: int | Integer[Array, ""] = 0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Return the mean loss over the batch's loss tokens and the metrics, averaged alike; float32 scalars.
 
@@ -172,11 +172,14 @@ def train_step(
     chunk_tokens: int | None = None,
     z_loss: float = 0.0,
     diagnose_every: int | None = None,
-    seed: int = 0,
+    seed: int | Integer[Array, ""] = 0,
     weak_source: Source | None = None,
     neftune: Neftune | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Return the state after one optimizer step on `batch`, and the step's metrics (see `make_train_step`)."""
+    """Return the state after one optimizer step on `batch`, and the step's metrics (see `make_train_step`).
+
+    Under a jit of your own `seed` may be traced, so that runs of other seeds are one program.
+    """
     full = _rearranged(objective, complete(batch), state.step, seed)
     loss_tokens = jnp.sum(full["loss_weights"])
     # Normalised up front: micro-batches then simply add up, whatever their share of the tokens is.
@@ -266,7 +269,7 @@ def complete(batch: Batch) -> dict[str, Array]:
 
 def _weighted_loss(
     models: Models, objective: Objective, params: Mapping, frozen: Mapping, batch: Mapping[str, Array],
-    *, settings: head.Settings, step: Any, seed: int, neftune: Neftune | None = None,
+    *, settings: head.Settings, step: Any, seed: Any, neftune: Neftune | None = None,
 ) -> tuple[Array, Metrics]:  # fmt: skip
     """Return Σ w·ℓ of a batch whose weights are already normalised, and the metrics summed alike."""
     check_roles(models, objective, {**frozen, **params})

@@ -98,11 +98,7 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
     if start == total:
         return _result(job)
     frozen = job.frozen()
-    train_step = step.make_train_step(
-        dict(job.models), job.objective, tx, mesh=job.mesh, micro_batches=job.loop.micro_batches,
-        chunk_tokens=job.loop.head_chunk_tokens, z_loss=job.loop.z_loss, diagnose_every=job.loop.diagnose_every_steps,
-        seed=job.seed,
-    )  # fmt: skip
+    train_step = step.make_train_step(**step_settings(job), tx=tx, seed=job.seed)
     held_out_loss = _held_out_loss(job, frozen)
     meta = {**job.meta, "roles": roles.describe({role: job.models[role] for role in job.trained_roles})}
     files = roles.asset_files(job.assets)
@@ -137,13 +133,13 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
                 continue
             watchdog.at(f"evaluating or saving after step {number}")
             with report.paused():  # which logs the step first: a state that is not finite must not be saved
-                metric = held_out_loss(_shipped(state, job)) if evaluate else None
+                metric = held_out_loss(shipped(state, job)) if evaluate else None
                 if metric is not None:
                     tracker.log(number, {"held_out_loss": metric})
                     if not math.isfinite(metric):
                         raise NonFiniteLoss(f"the held-out loss after step {number} is {metric}; lower peak_lr")
                 if save or stop:
-                    saved = state._replace(params=_shipped(state, job)) if number == total else state
+                    saved = state._replace(params=shipped(state, job)) if number == total else state
                     writer.save(number, saved, meta, metric, files)
             if stop:
                 break
@@ -152,6 +148,15 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
             f"saved step {number} of {total} in {job.directory}; the same command goes on from there"
         )
     return _result(job)
+
+
+def step_settings(job: Job) -> dict[str, Any]:
+    """Return what a job says of its step, as `step.train_step` takes it: all but the optimizer and the seed."""
+    return {
+        "models": dict(job.models), "objective": job.objective, "mesh": job.mesh,
+        "micro_batches": job.loop.micro_batches, "chunk_tokens": job.loop.head_chunk_tokens,
+        "z_loss": job.loop.z_loss, "diagnose_every": job.loop.diagnose_every_steps,
+    }  # fmt: skip
 
 
 def _first_state(job: Job, tx: optax.GradientTransformation) -> step.TrainState:
@@ -178,7 +183,7 @@ def _checkpoints(job: Job) -> Path:
     return job.directory / "checkpoints"
 
 
-def _shipped(state: step.TrainState, job: Job) -> PyTree[Array]:
+def shipped(state: step.TrainState, job: Job) -> PyTree[Array]:
     """Return the parameters that a stage hands on: with an average, the average."""
     if job.optimizer.ema_decay is None:
         return state.params
@@ -226,7 +231,7 @@ class _Reporter:
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._done: float | None = None  # when that step was over, if it was before it is logged
         devices = jax.devices()[:1] if job.mesh is None else list(job.mesh.devices.flat)
-        self._flops, self._peak = _flops_per_token(job) / len(devices), hardware.peak_flops(devices[0])
+        self._flops, self._peak = flops_per_token(job) / len(devices), hardware.peak_flops(devices[0])
         self._logged, self._since = start, time.monotonic()
         self._tokens, self._waited, self._wait = 0, 0.0, 0.0
 
@@ -294,7 +299,7 @@ class _Reporter:
         return speed
 
 
-def _flops_per_token(job: Job) -> float:
+def flops_per_token(job: Job) -> float:
     """Return the model FLOPs per token of a step of the stage."""
 
     def use(role: str) -> flops.Use:
