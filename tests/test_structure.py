@@ -27,6 +27,7 @@ LAYERS = [
     ["models.qwen3"],
     ["models"],
     ["flops", "weak_source", "neftune"],
+    ["arms"],
     ["step"],
     ["processes", "watchdog", "compilation", "tensorfile", "tracking", "tokenizer", "examples", "topologies"],
     ["preemption", "streaming"],

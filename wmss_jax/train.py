@@ -16,10 +16,12 @@ from jaxtyping import Array, PyTree
 
 from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, preemption, roles, sharding, step
 from wmss_jax.models import CausalLM
+from wmss_jax.neftune import Neftune
 from wmss_jax.objectives import Objective, Sft
 from wmss_jax.tracking import Tracker, profiled
 from wmss_jax.watchdog import Watchdog, watching
 from wmss_jax.weak_cache import WeakCache
+from wmss_jax.weak_source import Ema, Source
 
 if TYPE_CHECKING:
     from wmss_jax.config import OptimizerConfig, TrainConfig
@@ -53,6 +55,9 @@ class Job:
         plan: the whole run's rows; its step number is the data position.
         meta: JSON kept in every checkpoint: config and lineage.
         assets: directory of tokenizer and config files, carried along in every checkpoint.
+        weak_source: makes the weak role's parameters in every step.
+        neftune: noise on the embeddings of what is trained.
+        keep_steps: steps whose checkpoints are saved and kept, whatever the loop says.
     """
 
     directory: Path
@@ -73,6 +78,9 @@ class Job:
     assets: Path
     held_out: HeldOut | None = None
     weak_hidden: Callable[[], WeakCache] | None = None
+    weak_source: Source | None = None
+    neftune: Neftune | None = None
+    keep_steps: frozenset[int] = frozenset()
 
 
 def train(job: Job) -> Path:
@@ -93,6 +101,8 @@ def train(job: Job) -> Path:
 def _train(job: Job, watchdog: Watchdog) -> Path:
     total = job.plan.total_steps
     tx, schedule = optim.make(job.optimizer, total)
+    if isinstance(job.weak_source, Ema):
+        tx = optim.with_weak_average(tx, job.weak_source.decay)
     state = _first_state(job, tx)
     start = int(state.step)
     if start == total:
@@ -106,7 +116,9 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
 
     primary = jax.process_index() == 0
     with (
-        checkpoint.Writer(_checkpoints(job), keep_last=job.loop.keep_last, keep_best=keep_best) as writer,
+        checkpoint.Writer(
+            _checkpoints(job), keep_last=job.loop.keep_last, keep_best=keep_best, keep_steps=job.keep_steps
+        ) as writer,
         Tracker(job.directory, total, job.loop.tensorboard, start_step=start, primary=primary) as tracker,
         profiled(job.directory / "profile", job.loop.profile) as profile,
         preemption.deferred() as asked_to_stop,
@@ -127,6 +139,7 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
 
             evaluate = job.held_out is not None and (number % job.held_out.every_steps == 0 or number == total)
             save = number % job.loop.checkpoint_every_steps == 0 or number == total or (evaluate and keep_best)
+            save = save or number in job.keep_steps
             stop = asked_to_stop()
             if not (evaluate or save or stop):
                 watchdog.at(f"waiting for the batch of step {number + 1}")
