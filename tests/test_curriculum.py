@@ -422,3 +422,49 @@ def test_example_means_errors():
     weights_BT = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     with pytest.raises(ValueError, match=r"2 of 3 examples have no target .*\[5, 6\]"):
         curriculum.example_means(ones_BT, weights_BT, np.array([[3, 3, 5, 5], [6, 6, -1, -1]]))
+
+
+# -- controls ---------------------------------------------------------------------------------------------------------
+
+WEAK, STRONG = np.array([1.0, 2.0, 0.5, 0.0, 3.0]), np.array([0.4, 2.5, 0.5, 1.0, 1.0])
+
+
+def controlled(control, **knobs):
+    parts = curriculum.controlled_terms(control, WEAK, STRONG, **knobs)
+    return np.sum(list(parts.values()), axis=0)
+
+
+def test_controls_take_one_kind_of_information_out():
+    np.testing.assert_allclose(controlled("none"), curriculum.sampling_probs(WEAK, STRONG))
+    np.testing.assert_allclose(controlled("uniform"), 0.2)
+    np.testing.assert_allclose(controlled("strong_entropy"), STRONG / STRONG.sum())
+    drop, rise = np.array([0.6, 0, 0, 0, 2.0]), np.array([0, 0.5, 0, 1.0, 0])
+    for variant, weights in (("v1", (0.8, 0.1)), ("v2", (0.1, 0.1))):
+        for normalize, scale in ((True, lambda x: x / x.sum()), (False, lambda x: x)):
+            expected = weights[0] * scale(drop) + weights[1] * scale(rise)
+            found = controlled("entropy_change", variant=variant, normalize_terms=normalize)
+            np.testing.assert_allclose(found, expected / expected.sum())
+
+
+@pytest.mark.parametrize("control", ["none", "uniform", "strong_entropy", "entropy_change", "random"])
+def test_controls_are_probabilities_and_take_a_uniform_share(control):
+    plain, mixed = controlled(control), controlled(control, uniform_share=0.25)
+    np.testing.assert_allclose(plain.sum(), 1)
+    np.testing.assert_allclose(mixed, 0.75 * plain + 0.05)
+
+
+def test_random_weights_are_the_curriculums_own_dealt_anew():
+    rng = np.random.default_rng(0)
+    weak, strong = rng.random(500), rng.random(500)
+    own = curriculum.sampling_probs(weak, strong)
+    deal = lambda seed: np.sum(list(curriculum.controlled_terms("random", weak, strong, seed=seed).values()), axis=0)
+    np.testing.assert_allclose(np.sort(deal(1)), np.sort(own))
+    assert curriculum.effective_share(deal(1)) == pytest.approx(curriculum.effective_share(own))
+    assert abs(np.corrcoef(deal(1), own)[0, 1]) < 0.15
+    np.testing.assert_array_equal(deal(1), deal(1))
+    assert not np.array_equal(deal(1), deal(2))
+
+
+def test_an_unknown_control_is_refused():
+    with pytest.raises(ValueError, match="control 'easy' is none of"):
+        controlled("easy")

@@ -249,3 +249,20 @@ def test_all_weights_zero_is_a_zero_loss():
     hiddens, unembeds, tokens = inputs()
     (value, _), grads = run(LogitMix(), hiddens, unembeds, tokens._replace(weights=jnp.zeros((ROWS, T))))
     assert value == 0 and all(not leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+def test_a_traced_seed_draws_what_the_number_does_and_compiles_once():
+    hiddens, unembeds, tokens = inputs()
+    traces = []
+
+    @jax.jit
+    def traced(seed):
+        traces.append(None)
+        return head.loss(Noisy(), unembeds, hiddens, tokens, trainable=TRAINED, step=jnp.int32(0), seed=seed)[0]
+
+    given = [
+        head.loss(Noisy(), unembeds, hiddens, tokens, trainable=TRAINED, step=jnp.int32(0), seed=seed)[0]
+        for seed in (0, 7)
+    ]
+    np.testing.assert_allclose([traced(jnp.uint32(0)), traced(jnp.uint32(7))], given, rtol=1e-6)
+    assert given[0] != given[1] and len(traces) == 1

@@ -72,3 +72,30 @@ def test_average_follows_the_parameters():
         params = optax.apply_updates(params, updates)
         mean = 0.75 * mean + 0.25 * np.asarray(params["strong"])
     np.testing.assert_allclose(optax.tree.get(state, "average")["strong"], mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_rate_in_the_state_moves_the_parameters_as_one_in_the_config(schedule):
+    fields = {"schedule": schedule, "warmup_steps": 2, "weight_decay": 0.1, "ema_decay": 0.5, "min_lr_ratio": 0.2}
+    any_rate = optim.make_for_any_rate(config(**fields), 6)
+    traces = []
+
+    @jax.jit
+    def update(grads, state, params):
+        traces.append(None)
+        updates, state = any_rate.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for rate in (1e-2, 3e-4):
+        tx, _ = optim.make(config(**fields, peak_lr=rate), 6)
+        mine = theirs = {"strong": jnp.array([1.0, -2.0])}
+        state, their_state = optax.tree.set(any_rate.init(mine), peak_lr=jnp.float32(rate)), tx.init(theirs)
+        for step in range(6):
+            grads = {"strong": jnp.array([0.3, 1.0 - step])}
+            mine, state = update(grads, state, mine)
+            updates, their_state = tx.update(grads, their_state, theirs)
+            theirs = optax.apply_updates(theirs, updates)
+        np.testing.assert_allclose(mine["strong"], theirs["strong"], rtol=2e-6)
+        averages = [optax.tree.get(s, "average")["strong"] for s in (state, their_state)]
+        np.testing.assert_allclose(*averages, rtol=2e-6)
+    assert len(traces) == 1

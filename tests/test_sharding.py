@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,20 @@ from jax.sharding import PartitionSpec as P
 
 import wmss_jax as wmss
 from wmss_jax import sharding
-from wmss_jax.objectives import LogitMix, Sft
+from wmss_jax.objectives import CONTROLS, OBJECTIVES, ControlledMix, LogitMix, Sft
+
+
+@dataclasses.dataclass(frozen=True)
+class Everything:
+    """The sum of all objectives and controls: what one program communicates and holds says it of each."""
+
+    roles: ClassVar[tuple[str, ...]] = ("strong", "weak", "teacher", "reference")
+
+    def __call__(self, logits, targets_N, ctx):
+        parts = [make() for make in OBJECTIVES.values()] + [ControlledMix(LogitMix(), name) for name in CONTROLS]
+        losses = [part({role: logits[role] for role in part.roles}, targets_N, ctx)[0] for part in parts]
+        return sum(losses), {}
+
 
 MODEL = tiny.model(num_layers=1)
 MESHES = {"fsdp 8": (1, 8, 1), "data 2 × fsdp 2 × tensor 2": (2, 2, 2)}
@@ -78,7 +92,8 @@ def compiled_step(mesh_shape, objective, T=64, V=4096):
     tx = optax.sgd(0.1)
     state = wmss.init_state({"strong": place(model, 0)}, tx)
     step = wmss.make_train_step(model, objective, tx, mesh=mesh, chunk_tokens=T // 8, z_loss=1e-4, diagnose_every=2)
-    return step.lower(state, {"weak": place(model, 1)}, batch).compile().as_text()
+    frozen = dict.fromkeys(set(objective.roles) - {"strong"} or {"weak"}, place(model, 1))
+    return step.lower(state, frozen, batch).compile().as_text()
 
 
 def computations(hlo):
@@ -119,7 +134,7 @@ def elements(line):
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 
 
-@pytest.mark.parametrize("objective", [Sft(), LogitMix()])
+@pytest.mark.parametrize("objective", [Sft(), LogitMix(), Everything()], ids=repr)
 @pytest.mark.parametrize("mesh_shape", MESHES.values(), ids=MESHES)
 def test_no_collective_of_vocabulary_size_inside_a_loop(objective, mesh_shape, V=4096):
     hlo = compiled_step(mesh_shape, objective)
@@ -131,7 +146,7 @@ def test_no_collective_of_vocabulary_size_inside_a_loop(objective, mesh_shape, V
     assert not large, "\n".join(large)
 
 
-@pytest.mark.parametrize("objective", [Sft(), LogitMix()])
+@pytest.mark.parametrize("objective", [Sft(), LogitMix(), Everything()], ids=repr)
 @pytest.mark.parametrize("mesh_shape", [None, *MESHES.values()], ids=["one device", *MESHES])
 def test_no_buffer_of_logits_size(objective, mesh_shape, T=64, V=4096):
     """At chunk = T/8 nothing as large as a quarter of a device's logits exists, but for the head's own matrices."""

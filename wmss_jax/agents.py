@@ -5,6 +5,7 @@ agent's hidden states are cached, those of its head alone.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, PyTree
 from wmss_jax.models import CausalLM
 from wmss_jax.models.lora import Lora
 from wmss_jax.stages import ModelRef
+from wmss_jax.weak_source import Source
 
 Load = Callable[[], Mapping[str, PyTree[Array]]]
 
@@ -34,20 +36,39 @@ class Agents:
 
 
 def whole(
-    refs: Mapping[str, ModelRef], trained: tuple[str, ...], mesh: Mesh | None, param_dtype: str, cached: frozenset[str]
+    refs: Mapping[str, ModelRef],
+    trained: tuple[str, ...],
+    mesh: Mesh | None,
+    param_dtype: str,
+    cached: frozenset[str],
+    source: Source | None = None,
 ) -> Agents:
     """Return agents whose parameters are trained as they are.
 
     Args:
         refs: {role: where its parameters lie}.
         cached: frozen roles whose hidden states come with the batch.
+        source: makes the weak role's parameters, of the base under that name in `refs`, or without any there. Here if
+            that is done once; if in every step, it is the step's to call.
     """
     frozen = [role for role in refs if role not in trained]
     load = lambda role: refs[role].load_head(mesh) if role in cached else refs[role].load(mesh)[1]
+    models = {role: ref.model for role, ref in refs.items()}
+    if source is not None:
+        models["weak"] = source.model(models["strong"])
+
+    def load_frozen() -> dict[str, PyTree[Array]]:
+        loaded = {role: load(role) for role in frozen}
+        if source is None or source.moving:
+            return loaded
+        shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, loaded["weak"])
+        make = jax.jit(functools.partial(source, None), out_shardings=shardings)
+        return {**loaded, "weak": make(loaded)}
+
     return Agents(
-        models={role: ref.model for role, ref in refs.items()},
+        models=models,
         trained=lambda: {role: refs[role].load(mesh, param_dtype)[1] for role in trained},
-        frozen=lambda: {role: load(role) for role in frozen},
+        frozen=load_frozen,
     )
 
 
@@ -60,11 +81,19 @@ def adapted(
     lora: Lora,
     seed: int,
 ) -> Agents:
-    """Return agents that share the strong one's base; trained ones have adapters, fresh where they come without."""
+    """Return agents that share the strong one's base; trained ones have adapters, fresh where they come without.
+
+    A frozen one that is neither that base nor an adapter on it, such as a teacher, is whole.
+    """
     base = refs["strong"].base or refs["strong"]
     fresh = dataclasses.replace(base.model, lora=lora)
     with_adapter = {role for role, ref in refs.items() if ref.base is not None and role not in cached}
-    models = {role: ref.model if role in with_adapter else base.model for role, ref in refs.items()}
+    apart = {
+        role for role, ref in refs.items()
+        if ref != base and ref.base is None and role not in cached and role not in trained
+    }  # fmt: skip
+    own = with_adapter | apart
+    models = {role: ref.model if role in own else base.model for role, ref in refs.items()}
 
     def adapter(role: str) -> PyTree[Array]:
         if role in with_adapter:
@@ -75,6 +104,10 @@ def adapted(
     return Agents(
         models={**models, **dict.fromkeys(trained, fresh)},
         trained=lambda: {role: adapter(role) for role in trained},
-        frozen=lambda: {"base": base.load(mesh)[1]} | {r: adapter(r) for r in with_adapter if r not in trained},
+        frozen=lambda: (
+            {"base": base.load(mesh)[1]}
+            | {role: adapter(role) for role in with_adapter if role not in trained}
+            | {role: refs[role].load(mesh)[1] for role in apart}
+        ),
         base=base,
     )

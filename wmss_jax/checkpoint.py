@@ -76,10 +76,16 @@ class Writer:
         keep_last: newest checkpoints to keep, at least 1.
         keep_every_steps: besides, keep those at multiples of this step.
         keep_best: besides, keep this many with the lowest `metric`.
+        keep_steps: besides, keep these.
     """
 
     def __init__(
-        self, root: str | os.PathLike, keep_last: int = 2, keep_every_steps: int | None = None, keep_best: int = 0
+        self,
+        root: str | os.PathLike,
+        keep_last: int = 2,
+        keep_every_steps: int | None = None,
+        keep_best: int = 0,
+        keep_steps: frozenset[int] = frozenset(),
     ):
         if keep_last < 1 or (keep_every_steps is not None and keep_every_steps < 1) or keep_best < 0:
             raise ValueError(
@@ -88,6 +94,7 @@ class Writer:
             )
         self.root = Path(root).absolute()
         self._keep_last, self._keep_every_steps, self._keep_best = keep_last, keep_every_steps, keep_best
+        self._keep_steps = keep_steps
         self._orbax = _orbax()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -142,6 +149,7 @@ class Writer:
         alive = [step for step in present if step <= newest]
         every = self._keep_every_steps
         keep = {*alive[-self._keep_last :], *(step for step in alive if every and step % every == 0)}
+        keep |= self._keep_steps & {*alive}
         if self._keep_best:
             ranked = []
             for step in alive:

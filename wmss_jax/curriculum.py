@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Integer
 
 # Separate random streams of one (seed, epoch), so that a draw never mirrors a shuffle.
-_DRAW, _SHUFFLE = 0, 1
+_DRAW, _SHUFFLE, _DEAL = 0, 1, 3  # 2 is epochs.py's
 
 
 def terms(
@@ -46,6 +46,45 @@ def terms(
     uniform = uniform_share if total > 0 else 1.0
     shares = {name: mass_n / total * (1.0 - uniform) if total > 0 else mass_n for name, mass_n in masses.items()}
     return shares | {"uniform": np.full(len(delta_n), uniform / len(delta_n))}
+
+
+def controlled_terms(
+    control: str,
+    h_weak: Float[np.ndarray, "..."],
+    h_strong: Float[np.ndarray, "..."],
+    alpha: float = 0.1,
+    beta: float = 0.8,
+    gamma: float = 0.1,
+    variant: str = "v1",
+    normalize_terms: bool = True,
+    uniform_share: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Float64[np.ndarray, " n"]]:
+    """Returns the `terms` of a control of the curriculum, each without one kind of information.
+
+    Args:
+      control: "none" is `terms` itself. "uniform": all examples alike. "strong_entropy": p in proportion
+        to h_strong, which never looks at the weak agent. "entropy_change": the drop and the rise with
+        their own coefficients, without the term of difficulty. "random": the probabilities of `terms`
+        dealt to the examples at random, so that each is as large as before, and with them the
+        effective sample size, but says nothing.
+      seed: of "random".
+    """
+    knobs = (alpha, beta, gamma, variant, normalize_terms, uniform_share)
+    if control == "uniform":
+        knobs = (alpha, beta, gamma, variant, normalize_terms, 1.0)
+    elif control == "strong_entropy":
+        knobs = (0.0, 1.0, 0.0, "v2", normalize_terms, uniform_share)
+    elif control == "entropy_change":
+        rest = (0.0, beta) if variant == "v1" else (alpha, 0.0)
+        knobs = (*rest, gamma, variant, normalize_terms, uniform_share)
+    elif control not in ("none", "random"):
+        raise ValueError(f"control {control!r} is none of: none, uniform, strong_entropy, entropy_change, random")
+    parts = terms(h_weak, h_strong, *knobs)
+    if control != "random":
+        return parts
+    order_n = _generator(seed, 0, _DEAL).permutation(len(h_weak))
+    return {name: mass_n[order_n] for name, mass_n in parts.items()}
 
 
 def sampling_probs(

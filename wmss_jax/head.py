@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, Integer, PyTree
 
 from wmss_jax import diagnostics, matmul, precision, sharding
 from wmss_jax.objectives.tokens import PADDED_LOGIT, Context, Objective
@@ -79,6 +79,13 @@ class Settings:
         return _finish(z, self.vocab_size, dict(self.softcaps).get(role))
 
 
+class When(NamedTuple):
+    """What schedules and noise depend on, both traced: the optimizer step, and the data of the run's PRNG key."""
+
+    step: Any
+    seed: Any
+
+
 class Inputs(NamedTuple):
     """What some roles give to the head: hidden states [B, T, D] and head matrices [D, V], by role."""
 
@@ -105,7 +112,7 @@ def loss(
     trainable: frozenset[str],
     frozen_heads: frozenset[str] = frozenset(),
     step: Int[Array, ""],
-    seed: int = 0,
+    seed: int | Integer[Array, ""] = 0,
     settings: Settings = Settings(),
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return Σ weight·loss over all tokens and the metrics, weighted and summed alike; both float32 scalars.
@@ -125,7 +132,8 @@ def loss(
     trained = Inputs(some(hiddens, lambda r: r in trainable), some(unembeds, lambda r: r in with_head))
     frozen = Inputs(some(hiddens, lambda r: r not in trainable), some(unembeds, lambda r: r not in with_head))
     frozen = jax.lax.stop_gradient(frozen)
-    return _loss((objective, seed, settings), trained, frozen, tokens, jnp.asarray(step, jnp.int32))
+    when = When(jnp.asarray(step, jnp.int32), jax.random.key_data(jax.random.key(seed)))
+    return _loss((objective, settings), trained, frozen, tokens, when)
 
 
 def score(
@@ -181,12 +189,12 @@ def _score(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(static: tuple, trained: Inputs, frozen: Inputs, tokens: Tokens, step: Array) -> tuple[Array, dict]:
-    return _run(static, trained, frozen, tokens, step, with_gradients=False)[0]
+def _loss(static: tuple, trained: Inputs, frozen: Inputs, tokens: Tokens, when: When) -> tuple[Array, dict]:
+    return _run(static, trained, frozen, tokens, when, with_gradients=False)[0]
 
 
-def _loss_forward(static: tuple, trained: Inputs, frozen: Inputs, tokens: Tokens, step: Array) -> tuple:
-    return _run(static, trained, frozen, tokens, step, with_gradients=True)
+def _loss_forward(static: tuple, trained: Inputs, frozen: Inputs, tokens: Tokens, when: When) -> tuple:
+    return _run(static, trained, frozen, tokens, when, with_gradients=True)
 
 
 def _loss_backward(static: tuple, gradients: Inputs, cotangents: tuple) -> tuple:
@@ -198,12 +206,12 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _run(
-    static: tuple, trained: Inputs, frozen: Inputs, tokens: Tokens, step: Array, with_gradients: bool
+    static: tuple, trained: Inputs, frozen: Inputs, tokens: Tokens, when: When, with_gradients: bool
 ) -> tuple[tuple[Array, dict], Inputs]:
     """Return ((loss, metrics), gradients of `trained`), scanned on every batch shard and summed over them."""
-    objective, seed, settings = static
+    objective, settings = static
     hiddens = {**trained.hiddens, **frozen.hiddens}
-    scan = functools.partial(_scan, objective, seed, settings, with_gradients)
+    scan = functools.partial(_scan, objective, settings, with_gradients)
     rows, summed = P(sharding.BATCH_AXES), P(sharding.BATCH_AXES)
     part_specs = lambda part: Inputs(dict.fromkeys(part.hiddens, rows), dict.fromkeys(part.unembeds, P()))
     in_specs = (part_specs(trained), part_specs(frozen), rows, P())
@@ -213,15 +221,15 @@ def _run(
     ready = lambda part: part._replace(unembeds={r: _gathered(W, hiddens[r].dtype) for r, W in part.unembeds.items()})
     with precision.matmuls_in(next(iter(hiddens.values())).dtype):
         mapped = _on_batch_shards(scan, settings.mesh, in_specs, out_specs)
-        sums, gradients = mapped(ready(trained), ready(frozen), tokens, step)
+        sums, gradients = mapped(ready(trained), ready(frozen), tokens, when)
     whole = lambda dW, role: _summed(dW, settings.mesh).astype(trained.unembeds[role].dtype)
     gradients = gradients._replace(unembeds={role: whole(dW, role) for role, dW in gradients.unembeds.items()})
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), gradients
 
 
 def _scan(
-    objective: Objective, seed: int, settings: Settings, with_gradients: bool,
-    trained: Inputs, frozen: Inputs, tokens: Tokens, step: Array,
+    objective: Objective, settings: Settings, with_gradients: bool,
+    trained: Inputs, frozen: Inputs, tokens: Tokens, when: When,
 ) -> tuple:  # fmt: skip
     """Scan the chunks of one batch shard; sums and dW leave with a leading axis of size 1."""
     unembeds = {**trained.unembeds, **frozen.unembeds}
@@ -237,7 +245,7 @@ def _scan(
         z = {role: _matmul("ND,DV->NV", h[role], unembeds[role]) for role in h}
         z_trained = {role: z.pop(role) for role in trained.hiddens}
         z = finish(z)
-        ctx = Context(step, _keys(seed, token))
+        ctx = Context(when.step, _keys(when.seed, token))
         loss_of = lambda z_trained: _weighted(objective, settings, finish(z_trained), z, token, ctx)
         if not with_gradients:
             return dW, (loss_of(z_trained), {})
@@ -323,10 +331,9 @@ def _finish(z: Array, vocab_size: int | None, softcap: float | None) -> Array:
     return jnp.where(jnp.expand_dims(jnp.arange(V) < vocab_size, range(z.ndim - 1)), z, PADDED_LOGIT)
 
 
-def _keys(seed: int, token: Tokens) -> Array:
-    fold = jax.vmap(
-        lambda index, position: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position)
-    )
+def _keys(seed: Array, token: Tokens) -> Array:
+    key = jax.random.wrap_key_data(seed)
+    fold = jax.vmap(lambda index, position: jax.random.fold_in(jax.random.fold_in(key, index), position))
     return fold(token.example_index, token.positions)
 
 

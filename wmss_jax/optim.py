@@ -18,12 +18,31 @@ def make(config: "OptimizerConfig", total_steps: int) -> tuple[optax.GradientTra
     as in the released code.
     """
     schedule = learning_rate(config, total_steps)
+    return _chain(config, schedule), schedule
+
+
+def make_for_any_rate(config: "OptimizerConfig", total_steps: int) -> optax.GradientTransformation:
+    """Return `make`'s transformation with the peak learning rate in its state, so that all rates are one program.
+
+    Set it with `optax.tree.set(opt_state, peak_lr=...)`; `config.peak_lr` has no part in it.
+    """
+    shape = learning_rate(config.model_copy(update={"peak_lr": 1.0}), total_steps)
+    return _chain(config, shape, optax.inject_hyperparams(_scale)(peak_lr=0.0))
+
+
+def _scale(peak_lr: Any) -> optax.GradientTransformation:
+    return optax.scale(peak_lr)
+
+
+def _chain(
+    config: "OptimizerConfig", schedule: optax.Schedule, *scale: optax.GradientTransformation
+) -> optax.GradientTransformation:
     adamw = optax.adamw(
         schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
     )
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
     ema = [average(config.ema_decay)] if config.ema_decay is not None else []
-    return optax.chain(*clip, adamw, *ema), schedule
+    return optax.chain(*clip, adamw, *scale, *ema)
 
 
 def learning_rate(config: "OptimizerConfig", total_steps: int) -> optax.Schedule:
@@ -60,25 +79,36 @@ def decayed(params: PyTree[Array]) -> PyTree[bool]:
     )
 
 
+def with_weak_average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Return `tx` that keeps besides the average of the parameters that a weak agent is (`weak_source.Ema`)."""
+    return optax.chain(tx, average(decay, WeakAverageState))
+
+
 class AverageState(NamedTuple):
     """`average`: float32 parameters, averaged over the updates made so far."""
 
     average: PyTree[Array]
 
 
-def average(decay: float) -> optax.GradientTransformation:
+class WeakAverageState(NamedTuple):
+    """`weak_average`: the same, of another decay, for a weak agent (`weak_source.Ema`)."""
+
+    weak_average: PyTree[Array]
+
+
+def average(decay: float, State: type = AverageState) -> optax.GradientTransformation:
     """Return a last link of a chain that passes updates on and keeps an exponential moving average of the parameters.
 
-    Read it with `optax.tree.get(opt_state, "average")`.
+    Read it with `optax.tree.get(opt_state, "average")`, or by the name of the field of another `State`.
     """
 
-    def init(params: PyTree[Array]) -> AverageState:
-        return AverageState(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+    def init(params: PyTree[Array]) -> Any:
+        return State(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, AverageState]:
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("the average of the parameters needs them: call tx.update(grads, state, params)")
         blend = lambda mean, p, u: decay * mean + (1 - decay) * (p + u).astype(jnp.float32)
-        return updates, AverageState(jax.tree.map(blend, state.average, params, updates))
+        return updates, State(jax.tree.map(blend, state[0], params, updates))
 
     return optax.GradientTransformation(init, update)

@@ -18,7 +18,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,8 @@ from rich.console import Console
 
 from wmss_jax import (
     agents,
+    arms,
+    checkpoint,
     config,
     epochs,
     export,
@@ -43,6 +45,7 @@ from wmss_jax.evals.tasks import evaluate_all, read_tasks
 from wmss_jax.runs import Run, prepare
 from wmss_jax.stages import ModelRef
 from wmss_jax.weak_cache import WeakCache
+from wmss_jax.weak_source import Source
 
 
 def run(recipe: config.RunConfig, until: str | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -58,17 +61,17 @@ def run(recipe: config.RunConfig, until: str | None = None, say: Callable[[str],
         ValueError: the recipe cannot be carried out, or the work directory holds another one.
         preemption.Preempted: SIGTERM came during training; everything is saved.
     """
-    arms = {name: _objective(arm, name) for name, arm in recipe.arms().items()}
-    names = ["pretrain", "sft", *arms]
+    found = {name: arms.objective(recipe, name) for name in recipe.arms()}
+    names = ["pretrain", "sft", *found]
     if until is not None and until not in names:
         raise ValueError(f"no stage {until!r} to stop after; there are {', '.join(names)}")
-    export.check(recipe.export.calibrate, arms["joint"])
+    export.check(recipe.export.calibrate, found["joint"])
     with preemption.exit_when_asked():
-        return _run(recipe, arms, until, say)
+        return _run(recipe, found, until, say)
 
 
 def _run(
-    recipe: config.RunConfig, arms: Mapping[str, objectives.Objective], until: str | None, say: Callable[[str], None]
+    recipe: config.RunConfig, found: Mapping[str, objectives.Objective], until: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     run = prepare(recipe, say)
     tasks = read_tasks(run) if until is None else {}  # first, so that a mistake in them does not come to light last
@@ -77,32 +80,52 @@ def _run(
         return {"models": {"M0": str(base.directory)}}
     rounds = {"sft": 0, "joint": recipe.rounds, None: recipe.rounds}.get(until, 1)  # a control belongs to the first
     wanted = {
-        number: [name for name in arms if name == "joint" or (number == 1 and until in (None, name))]
+        number: [name for name in found if name == "joint" or (number == 1 and until in (None, name))]
         for number in range(1, rounds + 1)
     }
+    for name in wanted.get(1, []):
+        _check_agents(run, name, found[name], base)
     # Of M0 before the SFT: a cache that is refused, or for which there is no room, should not come to light after it.
-    hidden = {name: _hidden_states(run, 1, name, arms[name], base) for name in wanted.get(1, [])}
+    of_base = [name for name in wanted.get(1, []) if recipe.arms()[name].weak.source.step is None]
+    hidden = {name: _hidden_states(run, 1, name, found[name], base) for name in of_base}
     lineage = [base, _sft(run, base)]
     finals = {"M0": lineage[0], "M1": lineage[1]}
     summary: dict[str, Any] = {"curriculum": {}}
     for number, names in wanted.items():
         weak, strong = lineage[-2:]
-        if number > 1:
-            hidden = {name: _hidden_states(run, number, name, arms[name], weak) for name in names}
-        probs = None
-        if any(recipe.arms()[name].resample for name in names):
-            probs, report = selection.curriculum_of(run, number, weak, strong)
-            summary["curriculum"][f"round {number}"] = report
         for name in names:
-            finals[_nth(name, number)] = _arm(run, number, name, arms[name], weak, strong, probs, hidden[name])
+            if number > 1 or name not in hidden:
+                hidden[name] = _hidden_states(run, number, name, found[name], weak_agent(run, name, weak))
+        probs, reports = selection.of_arms(run, number, names, weak, strong)
+        summary["curriculum"] |= reports
+        for name in names:
+            work = arm(run, number, name, found[name], weak, strong, probs, hidden[name])
+            finals[_nth(name, number)] = _train(run, work)
         lineage.append(finals[_nth("joint", number)])
     summary["models"] = {name: str(ref.directory) for name, ref in finals.items()}
     if until is None:
-        summary["export"] = export.export(run, lineage[-1], arms["joint"])
+        summary["export"] = export.export(run, lineage[-1], found["joint"])
         summary["eval"] = evaluate_all(run, finals, tasks)
         written = json.dumps(summary, indent=2) + "\n"
         processes.by_first(lambda: (run.work / "summary.json").write_text(written))
     return summary
+
+
+def _check_agents(run: Run, name: str, objective: objectives.Objective, base: ModelRef) -> None:
+    """Raise ValueError where an arm's weak agent or teacher cannot be made, before time is spent on the SFT."""
+    stage, where = run.recipe.arms()[name], "joint" if name == "joint" else f"controls.{name}"
+    if (source := arms.source(stage, objective)) is not None:
+        source.model(base.model)
+    wanted, total = stage.weak.source.step, _plan(run, "sft", run.recipe.sft).total_steps
+    if wanted is not None and wanted > total:
+        raise ValueError(f"{where}.weak.source.step: {wanted}, and the SFT stage has {total} steps")
+    if "teacher" in objective.roles:
+        teacher, ours = run.ref(str(stage.teacher)).model.vocabulary, base.model.vocabulary
+        if teacher != ours:
+            raise ValueError(
+                f"{where}.teacher: {stage.teacher} has a vocabulary of {teacher} (tokens, rows), the model of {ours}; "
+                "only with the same tokenizer can one learn from the other"
+            )
 
 
 # -- training stages ------------------------------------------------------------------------------------------------
@@ -129,43 +152,80 @@ def _base(run: Run) -> ModelRef:
         return start
     if stage.train:
         run = dataclasses.replace(run, dataset=run.encoded(stage.train))
-    return _train(
-        run, "pretrain", stage, objectives.Sft(), {"strong": start}, ("strong",), _plan(run, "pretrain", stage)
-    )
+    plan = _plan(run, "pretrain", stage)
+    return _train(run, _work(run, "pretrain", stage, objectives.Sft(), {"strong": start}, ("strong",), plan))
 
 
 def _sft(run: Run, base: ModelRef) -> ModelRef:
-    """Return M1: M0 fine-tuned on every example once an epoch."""
-    stage = run.recipe.sft
-    return _train(run, "sft", stage, objectives.Sft(), {"strong": base}, ("strong",), _plan(run, "sft", stage))
+    """Return M1: M0 fine-tuned on every example once an epoch; kept besides are steps that weak agents are of."""
+    stage, steps = run.recipe.sft, (arm.weak.source.step for arm in run.recipe.arms().values())
+    work = _work(run, "sft", stage, objectives.Sft(), {"strong": base}, ("strong",), _plan(run, "sft", stage))
+    keep = frozenset(step for step in steps if step is not None)
+    return _train(run, work._replace(job=dataclasses.replace(work.job, keep_steps=keep)))
 
 
-def _arm(
+def weak_agent(run: Run, name: str, weak: ModelRef) -> ModelRef:
+    """Return the checkpoint that an arm's weak agent is, or is made of: M_{t-1}, or a step of the SFT.
+
+    Raises:
+        ValueError: the SFT was finished without keeping that step.
+    """
+    step = run.recipe.arms()[name].weak.source.step
+    if step is None:
+        return weak
+    root = run.work / "sft" / "checkpoints"
+    if step not in (kept := checkpoint.steps(root)):
+        raise ValueError(
+            f"{'joint' if name == 'joint' else f'controls.{name}'}.weak.source.step: {step} was not kept when the SFT "
+            f"ran; there are {', '.join(map(str, kept))}; choose one of them or another work_dir"
+        )
+    return ModelRef(root / str(step), "strong", run.model_settings, weak.base or (weak if run.lora else None))
+
+
+class Work(NamedTuple):
+    """A training stage: what it does, JSON of everything that this depends on, and the base of its adapters."""
+
+    job: train.Job
+    inputs: Mapping[str, Any]
+    base: ModelRef | None
+    settings: tuple[tuple[str, str | None], ...]
+
+
+def arm(
     run: Run,
     number: int,
     name: str,
     objective: objectives.Objective,
     weak: ModelRef,
     strong: ModelRef,
-    probs: np.ndarray | None,
-    weak_hidden: Callable[[], WeakCache] | None,
-) -> ModelRef:
-    """Return what the joint stage, or one of its controls, makes of M_t with the weak agent M_{t-1}."""
-    arm, joint = run.recipe.arms()[name], run.recipe.joint
+    probs: Mapping[str, np.ndarray],
+    weak_hidden: Callable[[], WeakCache] | None = None,
+) -> Work:
+    """Return the joint stage of round t, or one of its controls: M_t trained on with the weak agent M_{t-1}.
+
+    Args:
+        probs: sampling probabilities by arm, of this one and of "joint", whose length it has; none where nothing is
+            drawn by them.
+    """
+    stage, joint = run.recipe.arms()[name], run.recipe.joint
     seed_name = _nth("joint", number)  # the same draws for all arms: they are compared in pairs
-    steps = _plan(run, seed_name, joint, probs if joint.resample else None).total_steps
-    plan = _plan(run, seed_name, arm.model_copy(update={"steps": steps}), probs if arm.resample else None)
-    refs = {"strong": strong, "weak": weak}
-    refs = {role: refs[role] for role in objective.roles}
-    trained = tuple(role for role in refs if role == "strong" or arm.weak.trainable)
+    steps = _plan(run, seed_name, joint, probs.get("joint")).total_steps
+    plan = _plan(run, seed_name, stage.model_copy(update={"steps": steps}), probs.get(name))
+    source, trained = arms.source(stage, objective), arms.trained(stage, objective)
+    refs = {"strong": strong, "reference": strong if stage.reference == "start" else weak}
+    if source is None or source.of_base:
+        refs["weak"] = weak_agent(run, name, weak)
+    if stage.teacher is not None:
+        refs["teacher"] = run.ref(stage.teacher)
+    refs = {role: refs[role] for role in objective.roles if role in refs}
     extra: dict[str, Any] = {"steps": steps}
-    if arm.resample:
-        assert probs is not None
-        c = run.recipe.curriculum
-        extra["draw"] = {"probs": f"{zlib.crc32(probs.tobytes()):08x}", "dedup": c.dedup, "multiplier": c.multiplier}
+    if stage.resample:
+        c = stage.curriculum or run.recipe.curriculum
+        drawn = f"{zlib.crc32(probs[name].tobytes()):08x}"
+        extra["draw"] = {"probs": drawn, "dedup": c.dedup, "multiplier": c.multiplier}
     if weak_hidden is not None:
         extra["weak"] = "cached"
-    return _train(run, _nth(name, number), arm, objective, refs, trained, plan, extra, weak_hidden)
+    return _work(run, _nth(name, number), stage, objective, refs, trained, plan, extra, weak_hidden, source)
 
 
 def _hidden_states(
@@ -181,21 +241,23 @@ def _hidden_states(
     return opened
 
 
-def _train(
+def _work(
     run: Run, name: str, stage: config.StageConfig, objective: objectives.Objective,
     refs: Mapping[str, ModelRef], trained: tuple[str, ...], plan: epochs.Plan, extra: Mapping[str, Any] = {},
-    weak_hidden: Callable[[], WeakCache] | None = None,
-) -> ModelRef:  # fmt: skip
-    """Carry out one training stage and return the strong role it ends with."""
+    weak_hidden: Callable[[], WeakCache] | None = None, source: Source | None = None,
+) -> Work:  # fmt: skip
     recipe, m = run.recipe, run.recipe.model
     lineage = {role: ref.digest for role, ref in refs.items()}
     cached = frozenset(["weak"] if weak_hidden is not None else [])
     lora = run.lora if name != "pretrain" else None
     if lora is None:
-        found = agents.whole(refs, trained, run.mesh, m.param_dtype, cached)
+        found = agents.whole(refs, trained, run.mesh, m.param_dtype, cached, source)
     else:
         found = agents.adapted(refs, trained, run.mesh, m.param_dtype, cached, lora, recipe.seed)
         extra = {**extra, "lora": dataclasses.asdict(lora)}
+    neftune = arms.neftune(stage)
+    for key, value in (("weak_source", source), ("neftune", neftune)):
+        extra = extra if value is None else {**extra, key: repr(value)}
     if recipe.train.z_loss:
         extra = {**extra, "z_loss": recipe.train.z_loss}
     inputs = {
@@ -239,15 +301,22 @@ def _train(
         assets=run.work / "assets",
         held_out=held_out,
         weak_hidden=weak_hidden,
+        weak_source=source if source is not None and source.moving else None,
+        neftune=neftune,
     )
-    work = lambda: {"checkpoint": train.train(job).relative_to(run.work).as_posix()}
-    output = run.stage(name, inputs, work, job.directory / "checkpoints")
-    settings = next(iter(refs.values())).settings
-    return ModelRef(run.work / output["checkpoint"], "strong", settings, found.base)
+    return Work(job, inputs, found.base, next(iter(refs.values())).settings)
+
+
+def _train(run: Run, work: Work) -> ModelRef:
+    """Carry out one training stage and return the strong role it ends with."""
+    job = work.job
+    do = lambda: {"checkpoint": train.train(job).relative_to(run.work).as_posix()}
+    output = run.stage(job.directory.name, work.inputs, do, job.directory / "checkpoints")
+    return ModelRef(run.work / output["checkpoint"], "strong", work.settings, work.base)
 
 
 def _plan(run: Run, name: str, stage: config.StageConfig, probs: np.ndarray | None = None) -> epochs.Plan:
-    c, d = run.recipe.curriculum, run.recipe.dataset
+    c, d = getattr(stage, "curriculum", None) or run.recipe.curriculum, run.recipe.dataset
     return epochs.plan(
         run.dataset.lengths, seq_len=d.seq_len, batch_size=d.batch_size,
         seed=zlib.crc32(f"{run.recipe.seed} {name}".encode()), epochs=stage.epochs, steps=stage.steps,
@@ -262,11 +331,6 @@ def _held_out(run: Run, stage: config.StageConfig, plan: epochs.Plan) -> train.H
     rows = epochs.plan(run.held_out.lengths, seq_len=d.seq_len, batch_size=d.batch_size, seed=0, epochs=1)
     every = stage.eval_every_steps or evaluation.every_steps or plan.total_steps
     return train.HeldOut(run.held_out, rows, every, evaluation.keep_best)
-
-
-def _objective(arm: config.JointConfig, name: str) -> objectives.Objective:
-    where = "joint.objective" if name == "joint" else f"controls.{name}.objective"
-    return config.build(objectives.OBJECTIVES, arm.objective.model_dump(), where)
 
 
 def _nth(name: str, number: int) -> str:

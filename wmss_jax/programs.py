@@ -12,9 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from wmss_jax import config, flops, hf, objectives, optim, sharding, step
+from wmss_jax import arms, config, flops, hf, objectives, optim, sharding, step
 from wmss_jax.models import CausalLM
 from wmss_jax.models.lora import Lora
+from wmss_jax.weak_source import Ema
 
 Step = Literal["sft", "joint", "score"]
 
@@ -56,48 +57,66 @@ def of(recipe: config.RunConfig, name: Step, mesh: Mesh) -> Program:
         return _score(recipe, model, stored, mesh)
     _check_rows("dataset.batch_size", recipe.dataset.batch_size, parts, mesh)
     if name == "sft":
-        return _train(recipe, model, stored, mesh, objectives.Sft(), ("strong",), cached=False)
-    joint = recipe.joint
-    objective = config.build(objectives.OBJECTIVES, joint.objective.model_dump(), "joint.objective")
-    trained = tuple(role for role in objective.roles if role == "strong" or joint.weak.trainable)
-    return _train(recipe, model, stored, mesh, objective, trained, cached=joint.weak.placement == "cached")
+        return _train(recipe, model, stored, mesh, objectives.Sft(), ("strong",), recipe.sft)
+    objective = arms.objective(recipe, "joint")
+    return _train(recipe, model, stored, mesh, objective, arms.trained(recipe.joint, objective), recipe.joint)
 
 
 def _train(
     recipe: config.RunConfig, model: CausalLM, stored: str, mesh: Mesh, objective: objectives.Objective,
-    trained: tuple[str, ...], cached: bool,
+    trained: tuple[str, ...], stage: config.StageConfig,
 ) -> Program:  # fmt: skip
+    joint = stage if isinstance(stage, config.JointConfig) else None
+    cached = joint is not None and joint.weak.placement == "cached"
+    source = None if joint is None else arms.source(joint, objective)
+    models = dict.fromkeys(objective.roles, model)
+    if source is not None:
+        models["weak"] = source.model(model)
     loop, d = recipe.train, recipe.dataset
     strong, rest = model, tuple(role for role in objective.roles if role not in trained)
     batch = _batch(d.batch_size, d.seq_len, mesh)
     whole = model.abstract(stored, mesh)
-    frozen = dict.fromkeys(rest, whole)
+    frozen = {role: whole for role in rest if role != "weak" or source is None or source.of_base}
     if recipe.lora is not None:  # one base serves all roles
         strong = dataclasses.replace(model, lora=Lora(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets))
         frozen = {"base": whole}
+    if joint is not None and "teacher" in rest:
+        models["teacher"], dtype = _teacher(recipe, str(joint.teacher))
+        frozen["teacher"] = models["teacher"].abstract(dtype, mesh)
     if cached and "weak" in rest:
         batch["weak_hidden"] = _rows((d.batch_size, d.seq_len, model.sizes["D"]), jnp.bfloat16, mesh)
         if recipe.lora is None:
             frozen["weak"] = {model.head_row.path: whole[model.head_row.path]}
     tx, _ = optim.make(recipe.optimizer, 1000)  # how many steps it plans for makes no difference here
+    if isinstance(source, Ema):
+        tx = optim.with_weak_average(tx, source.decay)
     params = strong.abstract(recipe.model.param_dtype, mesh)
     state = step.abstract_state(dict.fromkeys(trained, params), tx)
     function = step.make_train_step(
-        {role: strong if role in trained else model for role in objective.roles}, objective, tx, mesh=mesh,
+        {role: strong if role in trained else models[role] for role in objective.roles}, objective, tx, mesh=mesh,
         micro_batches=loop.micro_batches, chunk_tokens=loop.head_chunk_tokens, z_loss=loop.z_loss,
         diagnose_every=loop.diagnose_every_steps, seed=recipe.seed,
+        weak_source=source if source is not None and source.moving else None, neftune=arms.neftune(stage),
     )  # fmt: skip
     uses: dict[str, flops.Use] = dict.fromkeys(objective.roles, "resident")
     uses |= dict.fromkeys(trained, "trained" if recipe.lora is None else "adapted")
     if cached and "weak" in rest:
         uses["weak"] = "cached"
-    forward = flops.forward(model, d.seq_len)
-    cost = flops.step([(forward, use) for use in uses.values()], remat=model.remat == "full")
+    cost = flops.step(
+        [(flops.forward(models[role], d.seq_len), use) for role, use in uses.items()], remat=model.remat == "full"
+    )
     return Program(
         function, (state, frozen, batch),
         {"parameters": state.params, "optimizer": state.opt_state, "frozen": frozen, "batch": batch},
         model, d.batch_size, d.seq_len, cost,
     )  # fmt: skip
+
+
+def _teacher(recipe: config.RunConfig, path: str) -> tuple[CausalLM, str]:
+    """Return a teacher's model, and the dtype that its weights are stored in."""
+    m, settings = recipe.model, hf.read_config(hf.resolve(path))
+    model = hf.from_config(settings, compute_dtype=m.compute_dtype, remat=m.remat, attention=m.attention)
+    return model, str(settings.get("dtype") or settings.get("torch_dtype") or m.compute_dtype)
 
 
 def _score(recipe: config.RunConfig, model: CausalLM, stored: str, mesh: Mesh) -> Program:

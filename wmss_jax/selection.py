@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,71 @@ def score(run: Run, ref: ModelRef, keep: Callable[[int, np.ndarray], None] | Non
     )  # fmt: skip
 
 
-def curriculum_of(run: Run, number: int, weak: ModelRef, strong: ModelRef) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return the sampling probabilities of a round, and their report; stop where they would leave a handful."""
-    c = run.recipe.curriculum
-    found = {"weak": scores(run, weak), "strong": scores(run, strong)}
-    parts = curriculum.terms(
-        found["weak"].entropy, found["strong"].entropy, c.alpha, c.beta, c.gamma, c.variant, c.normalize_terms,
-        c.uniform_share,
+def of_arms(
+    run: Run, number: int, names: Sequence[str], weak: ModelRef, strong: ModelRef
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return ({arm: its sampling probabilities}, {round, and arm: report}) of the arms that draw by some."""
+    found, controls = run.recipe.arms(), run.recipe.controls
+    probs, reports = {}, {}
+    # Those without a curriculum of their own draw by the joint stage's, whether that does or not.
+    shared = [name for name in names if name == "joint" or controls[name].curriculum is None]
+    if any(found[name].resample for name in shared):
+        c = run.recipe.joint.curriculum or run.recipe.curriculum
+        made, reports[f"round {number}"] = curriculum_of(run, number, weak, strong, c)
+        probs = {name: made for name in shared if found[name].resample}
+    for name in names:
+        if name not in shared and (c := controls[name].curriculum) is not None:
+            probs[name], reports[f"round {number}, {name}"] = curriculum_of(run, number, weak, strong, c, name)
+    return probs, reports
+
+
+def curriculum_of(
+    run: Run, number: int, weak: ModelRef, strong: ModelRef, c: config.CurriculumConfig, arm: str | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the sampling probabilities of a round, and their report; stop where they would leave a handful.
+
+    Args:
+        arm: whose own curriculum `c` is; None: it is the joint stage's, and of all that have none of their own.
+    """
+    # Uniform draws need no scores.
+    found = {} if c.control == "uniform" else {"weak": scores(run, weak), "strong": scores(run, strong)}
+    probs, report = probabilities(c, found, len(run.dataset), run.recipe.seed)
+    name = f"round-{number}" if arm is None else f"round-{number}-{arm}"
+    if (share := report["effective_share"]) < c.min_effective_share:
+        path = run.work / "curriculum" / f"{name}-collapsed.json"  # nothing of a finished run is touched
+        processes.by_first(lambda: _write(path, report))
+        raise ValueError(f"{collapse(c, report, len(probs))}. Report: {path}")
+    path = run.work / "curriculum" / f"{name}.json"
+
+    def work() -> dict[str, Any]:
+        processes.by_first(lambda: _write(path, report, probs))
+        return report
+
+    inputs = {
+        **c.model_dump(exclude={"dedup", "multiplier", "min_effective_share", "control"}),
+        **{role: f"{zlib.crc32(s.entropy.tobytes()):08x}" for role, s in found.items()},
+    }
+    if c.control != "none":
+        inputs |= {"control": c.control, "seed": run.recipe.seed}
+    report = run.stage(f"curriculum-{number}" if arm is None else f"curriculum-{number}-{arm}", inputs, work)
+    run.say(f"curriculum: effective sample size {share:.1%}, shares {_percent(report['term_shares'])}")
+    # From the file, because another machine may round the sums above otherwise, and go on with this one's work.
+    return np.load(path.with_suffix(".npy")), report
+
+
+def probabilities(
+    c: config.CurriculumConfig, found: Mapping[str, scoring.Scores], n: int, seed: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the sampling probabilities of n examples, and a report.
+
+    Args:
+        found: scores of the "weak" and the "strong" agent; uniform draws need none.
+        seed: of random weights.
+    """
+    entropies = {role: found[role].entropy if role in found else np.zeros(n) for role in ("weak", "strong")}
+    parts = curriculum.controlled_terms(
+        c.control, entropies["weak"], entropies["strong"], c.alpha, c.beta, c.gamma, c.variant, c.normalize_terms,
+        c.uniform_share, seed,
     )  # fmt: skip
     probs = np.sum(list(parts.values()), axis=0)
     share = curriculum.effective_share(probs)
@@ -102,32 +160,21 @@ def curriculum_of(run: Run, number: int, weak: ModelRef, strong: ModelRef) -> tu
         "effective_examples": share * len(probs),
         "term_shares": curriculum.term_shares(parts),
         **{f"entropy_{role}": _quantiles(s.entropy) for role, s in found.items()},
-        "entropy_fell_on": float(np.mean(found["strong"].entropy < found["weak"].entropy)),
+        "entropy_fell_on": float(np.mean(entropies["strong"] < entropies["weak"])),
     }
-    path = run.work / "curriculum" / f"round-{number}.json"
-    if share < c.min_effective_share:
-        path = path.with_name(f"round-{number}-collapsed.json")  # another name: nothing of a finished run is touched
-        processes.by_first(lambda: _write(path, report))
-        raise ValueError(
-            f"the curriculum collapses: its effective sample size is {share * len(probs):.0f} of {len(probs)} examples "
-            f"({share:.1%}, curriculum.min_effective_share is {c.min_effective_share:.1%}). Entropy fell on "
-            f"{report['entropy_fell_on']:.1%} of the examples only, so the weight on its fall goes to a few: a weak "
-            f"agent that is confidently wrong does this. Mix with uniform draws (curriculum.uniform_share=0.5), lower "
-            f"curriculum.beta, or lower curriculum.min_effective_share to go on as it is. Report: {path}"
-        )
+    return probs, report
 
-    def work() -> dict[str, Any]:
-        processes.by_first(lambda: _write(path, report, probs))
-        return report
 
-    inputs = {
-        **c.model_dump(exclude={"dedup", "multiplier", "min_effective_share"}),
-        **{role: f"{zlib.crc32(s.entropy.tobytes()):08x}" for role, s in found.items()},
-    }
-    report = run.stage(f"curriculum-{number}", inputs, work)
-    run.say(f"curriculum: effective sample size {share:.1%}, shares {_percent(report['term_shares'])}")
-    # From the file, because another machine may round the sums above otherwise, and go on with this one's work.
-    return np.load(path.with_suffix(".npy")), report
+def collapse(c: config.CurriculumConfig, report: Mapping[str, Any], n: int) -> str:
+    """Return why a curriculum over `n` examples is not accepted, and what to do."""
+    share = report["effective_share"]
+    return (
+        f"the curriculum collapses: its effective sample size is {share * n:.0f} of {n} examples "
+        f"({share:.1%}, curriculum.min_effective_share is {c.min_effective_share:.1%}). Entropy fell on "
+        f"{report['entropy_fell_on']:.1%} of the examples only, so the weight on its fall goes to a few: a weak "
+        f"agent that is confidently wrong does this. Mix with uniform draws (curriculum.uniform_share=0.5), lower "
+        f"curriculum.beta, or lower curriculum.min_effective_share to go on as it is"
+    )
 
 
 def _write(path: Path, report: Mapping[str, Any], probs: np.ndarray | None = None) -> None:

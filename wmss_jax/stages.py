@@ -113,18 +113,28 @@ class ModelRef:
         role: None for a Hugging Face directory.
         settings: compute_dtype, remat and attention of the model that `load` returns.
         known_base: of an adapter, what it was trained on, where the caller has it; else its checkpoint says it.
+        kept: where given, what `load` read stays there, for a caller that loads the same parameters many times.
     """
 
     directory: Path
     role: str | None
     settings: tuple[tuple[str, str | None], ...] = ()
     known_base: "ModelRef | None" = dataclasses.field(default=None, compare=False)
+    kept: dict[Any, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def load(self, mesh: Mesh | None, dtype: str | None = None) -> tuple[CausalLM, PyTree[Array]]:
         """Return model and parameters; `dtype` of the parameters, default that of the file.
 
         An adapter comes merged into its base, as it is shipped.
         """
+        if self.kept is None:
+            return self._load(mesh, dtype)
+        key = self.directory, self.role, mesh, dtype
+        if key not in self.kept:
+            self.kept[key] = self._load(mesh, dtype)
+        return self.kept[key]
+
+    def _load(self, mesh: Mesh | None, dtype: str | None) -> tuple[CausalLM, PyTree[Array]]:
         model, params = self.load_stored(mesh, dtype)
         if model.lora is None:
             return model, params

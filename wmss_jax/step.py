@@ -8,8 +8,12 @@ parameters those of the head are enough.
 
 A role whose model has an adapter (`CausalLM.lora`) is given by the adapter's parameters, and `base` among the frozen
 ones is what they adapt; a role without parameters of its own is that base as it is.
+
+With `<role>_from` int32 [B, T] a role's hidden states are moved within their rows, and `<role>_tokens`, `_positions`
+and `_segments` are what it reads instead of the others' (controls of the weak signal).
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -21,11 +25,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Integer, PyTree
 
-from wmss_jax import attention, head, sharding
+from wmss_jax import attention, diagnostics, head, sharding
 from wmss_jax.models import CausalLM
+from wmss_jax.models.layers import embedding_noise
+from wmss_jax.neftune import Neftune
 from wmss_jax.objectives import Objective
+from wmss_jax.weak_source import Source
 
 Batch = Mapping[str, Array | np.ndarray]
 Metrics = dict[str, Float[Array, ""]]
@@ -91,7 +98,7 @@ def loss(
     chunk_tokens: int | None = None,
     z_loss: float = 0.0,
     step: int | Int[Array, ""] = 0,
-    seed: int = 0,
+    seed: int | Integer[Array, ""] = 0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Return the mean loss over the batch's loss tokens and the metrics, averaged alike; float32 scalars.
 
@@ -107,7 +114,7 @@ def loss(
     Raises:
         ValueError: a role is missing, or two roles differ in vocabulary.
     """
-    full = complete(batch)
+    full = _rearranged(objective, complete(batch), step, seed)
     weights = full["loss_weights"] / jnp.maximum(jnp.sum(full["loss_weights"]), 1e-9)
     with sharding.use(mesh):
         settings = head.Settings(mesh, chunk_tokens=chunk_tokens, z_loss=z_loss)
@@ -127,6 +134,8 @@ def make_train_step(
     z_loss: float = 0.0,
     diagnose_every: int | None = None,
     seed: int = 0,
+    weak_source: Source | None = None,
+    neftune: Neftune | None = None,
 ) -> Callable[[TrainState, Mapping[str, PyTree], Batch], tuple[TrainState, Metrics]]:
     """Return the jitted step (state, frozen, batch) -> (state, metrics).
 
@@ -139,10 +148,13 @@ def make_train_step(
         z_loss: factor on log²Σexp(z) of the trained roles, added to the loss.
         diagnose_every: every so many steps the metrics "diagnostics/..." say what `diagnostics.measure` finds in the
             logits; in the steps between they are NaN. None: there are none.
+        weak_source: makes the weak role's parameters in every step, of the state before it (`weak_source.Source`).
+        neftune: noise on the embeddings of the trained roles.
     """
     step = functools.partial(
         train_step, models=models, objective=objective, tx=tx, mesh=mesh, micro_batches=micro_batches,
-        chunk_tokens=chunk_tokens, z_loss=z_loss, diagnose_every=diagnose_every, seed=seed,
+        chunk_tokens=chunk_tokens, z_loss=z_loss, diagnose_every=diagnose_every, seed=seed, weak_source=weak_source,
+        neftune=neftune,
     )  # fmt: skip
     return jax.jit(step, donate_argnums=(0,) if donate else ())
 
@@ -160,10 +172,15 @@ def train_step(
     chunk_tokens: int | None = None,
     z_loss: float = 0.0,
     diagnose_every: int | None = None,
-    seed: int = 0,
+    seed: int | Integer[Array, ""] = 0,
+    weak_source: Source | None = None,
+    neftune: Neftune | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Return the state after one optimizer step on `batch`, and the step's metrics (see `make_train_step`)."""
-    full = complete(batch)
+    """Return the state after one optimizer step on `batch`, and the step's metrics (see `make_train_step`).
+
+    Under a jit of your own `seed` may be traced, so that runs of other seeds are one program.
+    """
+    full = _rearranged(objective, complete(batch), state.step, seed)
     loss_tokens = jnp.sum(full["loss_weights"])
     # Normalised up front: micro-batches then simply add up, whatever their share of the tokens is.
     full = {**full, "loss_weights": full["loss_weights"] / jnp.maximum(loss_tokens, 1e-9)}
@@ -172,19 +189,22 @@ def train_step(
 
     def part_of(micro_batch: dict[str, Array]) -> tuple[Metrics, PyTree]:
         value_of = lambda params: _weighted_loss(
-            models, objective, params, frozen, micro_batch, settings=settings, step=state.step, seed=seed
-        )
+            models, objective, params, frozen, micro_batch, settings=settings, step=state.step, seed=seed,
+            neftune=neftune,
+        )  # fmt: skip
         (value, metrics), grads = jax.value_and_grad(value_of, has_aux=True)(state.params)
         return {"loss": value, **metrics}, sharding.constrain_params(grads, letters)
 
     with sharding.use(mesh):
+        if weak_source is not None:
+            frozen = {**frozen, "weak": weak_source(state, frozen)}
         metrics, grads = _sum_over(part_of, full, micro_batches, sharding.batch_shards(mesh))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = sharding.constrain_params(optax.apply_updates(state.params, updates), letters)
         opt_state = _map_params(
             tx, lambda leaf, axes: sharding.constrain_params(leaf, axes), state.params, letters, tree=opt_state
         )
-    metrics |= {"grad_norm": optax.tree.norm(grads), "loss_tokens": loss_tokens}
+    metrics = diagnostics.finish(metrics) | {"grad_norm": optax.tree.norm(grads), "loss_tokens": loss_tokens}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -249,7 +269,7 @@ def complete(batch: Batch) -> dict[str, Array]:
 
 def _weighted_loss(
     models: Models, objective: Objective, params: Mapping, frozen: Mapping, batch: Mapping[str, Array],
-    *, settings: head.Settings, step: Any, seed: int,
+    *, settings: head.Settings, step: Any, seed: Any, neftune: Neftune | None = None,
 ) -> tuple[Array, Metrics]:  # fmt: skip
     """Return Σ w·ℓ of a batch whose weights are already normalised, and the metrics summed alike."""
     check_roles(models, objective, {**frozen, **params})
@@ -257,10 +277,16 @@ def _weighted_loss(
     whole = {role: _whole(model, role, {**frozen, **params}) for role, model in by_role.items()}
 
     def hidden(role: str, tokens_BT: Array) -> Array:
-        known = batch.get(f"{role}_hidden")
-        if known is not None:
-            return known.astype(by_role[role].dtype(whole[role]))
-        return by_role[role].hidden(whole[role], tokens_BT, batch["positions"], batch["segments"])
+        hidden_BTD = batch.get(f"{role}_hidden")
+        if hidden_BTD is None:
+            tokens_BT = batch.get(f"{role}_tokens", tokens_BT)
+            seen = [batch.get(f"{role}_{name}", batch[name]) for name in ("positions", "segments")]
+            with _noise(neftune, by_role[role], batch, step, seed) if role in params else contextlib.nullcontext():
+                hidden_BTD = by_role[role].hidden(whole[role], tokens_BT, *seen)
+        else:
+            hidden_BTD = hidden_BTD.astype(by_role[role].dtype(whole[role]))
+        moved = batch.get(f"{role}_from")
+        return hidden_BTD if moved is None else jnp.take_along_axis(hidden_BTD, moved[..., None], axis=1)
 
     tokens_BT = batch["tokens"]
     frozen_roles = [role for role in objective.roles if role not in params]
@@ -279,6 +305,21 @@ def _weighted_loss(
         seed=seed,
         settings=_of_models(settings, by_role),
     )
+
+
+def _rearranged(objective: Objective, batch: dict[str, Array], step: Any, seed: Any) -> dict[str, Array]:
+    """Return the batch with what the weak role is to see, where a control has it see other tokens; of all rows, before
+    they are split into micro-batches."""
+    rearranged = getattr(objective, "rearranged", None)
+    return batch if rearranged is None else rearranged(batch, step, seed)
+
+
+def _noise(
+    neftune: Neftune | None, model: CausalLM, batch: Mapping[str, Array], step: Any, seed: Any
+) -> contextlib.AbstractContextManager:
+    if neftune is None:
+        return contextlib.nullcontext()
+    return embedding_noise(neftune.noise(batch, model.sizes["D"], step, seed))
 
 
 def _whole(model: CausalLM, role: str, params: Mapping[str, PyTree[Array]]) -> PyTree:

@@ -16,10 +16,12 @@ from jaxtyping import Array, PyTree
 
 from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, preemption, roles, sharding, step
 from wmss_jax.models import CausalLM
+from wmss_jax.neftune import Neftune
 from wmss_jax.objectives import Objective, Sft
 from wmss_jax.tracking import Tracker, profiled
 from wmss_jax.watchdog import Watchdog, watching
 from wmss_jax.weak_cache import WeakCache
+from wmss_jax.weak_source import Ema, Source
 
 if TYPE_CHECKING:
     from wmss_jax.config import OptimizerConfig, TrainConfig
@@ -53,6 +55,9 @@ class Job:
         plan: the whole run's rows; its step number is the data position.
         meta: JSON kept in every checkpoint: config and lineage.
         assets: directory of tokenizer and config files, carried along in every checkpoint.
+        weak_source: makes the weak role's parameters in every step.
+        neftune: noise on the embeddings of what is trained.
+        keep_steps: steps whose checkpoints are saved and kept, whatever the loop says.
     """
 
     directory: Path
@@ -73,6 +78,9 @@ class Job:
     assets: Path
     held_out: HeldOut | None = None
     weak_hidden: Callable[[], WeakCache] | None = None
+    weak_source: Source | None = None
+    neftune: Neftune | None = None
+    keep_steps: frozenset[int] = frozenset()
 
 
 def train(job: Job) -> Path:
@@ -93,16 +101,14 @@ def train(job: Job) -> Path:
 def _train(job: Job, watchdog: Watchdog) -> Path:
     total = job.plan.total_steps
     tx, schedule = optim.make(job.optimizer, total)
+    if isinstance(job.weak_source, Ema):
+        tx = optim.with_weak_average(tx, job.weak_source.decay)
     state = _first_state(job, tx)
     start = int(state.step)
     if start == total:
         return _result(job)
     frozen = job.frozen()
-    train_step = step.make_train_step(
-        dict(job.models), job.objective, tx, mesh=job.mesh, micro_batches=job.loop.micro_batches,
-        chunk_tokens=job.loop.head_chunk_tokens, z_loss=job.loop.z_loss, diagnose_every=job.loop.diagnose_every_steps,
-        seed=job.seed,
-    )  # fmt: skip
+    train_step = step.make_train_step(**step_settings(job), tx=tx, seed=job.seed)
     held_out_loss = _held_out_loss(job, frozen)
     meta = {**job.meta, "roles": roles.describe({role: job.models[role] for role in job.trained_roles})}
     files = roles.asset_files(job.assets)
@@ -111,7 +117,11 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
     primary = jax.process_index() == 0
     with (
         checkpoint.Writer(
-            _checkpoints(job), job.loop.keep_last, job.loop.keep_every_steps, keep_best=keep_best
+            _checkpoints(job),
+            job.loop.keep_last,
+            job.loop.keep_every_steps,
+            keep_best=keep_best,
+            keep_steps=job.keep_steps,
         ) as writer,
         Tracker(job.directory, total, job.loop.tensorboard, start_step=start, primary=primary) as tracker,
         profiled(job.directory / "profile", job.loop.profile) as profile,
@@ -134,19 +144,20 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
 
             evaluate = job.held_out is not None and (number % job.held_out.every_steps == 0 or number == total)
             save = number % job.loop.checkpoint_every_steps == 0 or number == total or (evaluate and keep_best)
+            save = save or number in job.keep_steps
             stop = asked_to_stop()
             if not (evaluate or save or stop):
                 watchdog.at(f"waiting for the batch of step {number + 1}")
                 continue
             watchdog.at(f"evaluating or saving after step {number}")
             with report.paused():  # which logs the step first: a state that is not finite must not be saved
-                metric = held_out_loss(_shipped(state, job)) if evaluate else None
+                metric = held_out_loss(shipped(state, job)) if evaluate else None
                 if metric is not None:
                     tracker.log(number, {"held_out_loss": metric})
                     if not math.isfinite(metric):
                         raise NonFiniteLoss(f"the held-out loss after step {number} is {metric}; lower peak_lr")
                 if save or stop:
-                    saved = state._replace(params=_shipped(state, job)) if number == total else state
+                    saved = state._replace(params=shipped(state, job)) if number == total else state
                     writer.save(number, saved, meta, metric, files)
             if stop:
                 break
@@ -155,6 +166,15 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
             f"saved step {number} of {total} in {job.directory}; the same command goes on from there"
         )
     return _result(job)
+
+
+def step_settings(job: Job) -> dict[str, Any]:
+    """Return what a job says of its step, as `step.train_step` takes it: all but the optimizer and the seed."""
+    return {
+        "models": dict(job.models), "objective": job.objective, "mesh": job.mesh,
+        "micro_batches": job.loop.micro_batches, "chunk_tokens": job.loop.head_chunk_tokens,
+        "z_loss": job.loop.z_loss, "diagnose_every": job.loop.diagnose_every_steps,
+    }  # fmt: skip
 
 
 def _first_state(job: Job, tx: optax.GradientTransformation) -> step.TrainState:
@@ -185,7 +205,7 @@ def _checkpoints(job: Job) -> Path:
     return job.directory / "checkpoints"
 
 
-def _shipped(state: step.TrainState, job: Job) -> PyTree[Array]:
+def shipped(state: step.TrainState, job: Job) -> PyTree[Array]:
     """Return the parameters that a stage hands on: with an average, the average."""
     if job.optimizer.ema_decay is None:
         return state.params
@@ -233,7 +253,7 @@ class _Reporter:
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._done: float | None = None  # when that step was over, if it was before it is logged
         devices = jax.devices()[:1] if job.mesh is None else list(job.mesh.devices.flat)
-        self._flops, self._peak = _flops_per_token(job) / len(devices), hardware.peak_flops(devices[0])
+        self._flops, self._peak = flops_per_token(job) / len(devices), hardware.peak_flops(devices[0])
         self._logged, self._since = start, time.monotonic()
         self._tokens, self._waited, self._wait = 0, 0.0, 0.0
 
@@ -301,7 +321,7 @@ class _Reporter:
         return speed
 
 
-def _flops_per_token(job: Job) -> float:
+def flops_per_token(job: Job) -> float:
     """Return the model FLOPs per token of a step of the stage."""
 
     def use(role: str) -> flops.Use:

@@ -9,7 +9,9 @@ the dtype they are stored in and are cast to the activations' dtype where they a
 computed in float32.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -58,6 +60,25 @@ def embed(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: jn
     rows = P(sharding.BATCH_AXES)
     table_spec = sharding.spec("V D", sharding.PARAM_AXES)
     return jax.shard_map(look_up, in_specs=(table_spec, rows), out_specs=rows)(table_VD, tokens_BT)
+
+
+_noise: contextvars.ContextVar[Array | None] = contextvars.ContextVar("embedding_noise", default=None)
+
+
+@contextlib.contextmanager
+def embedding_noise(noise_BTD: Float[Array, "B T D"]) -> Iterator[None]:
+    """Give a context, entered while tracing, in which models add this to their embeddings (`noised`)."""
+    token = _noise.set(noise_BTD)
+    try:
+        yield
+    finally:
+        _noise.reset(token)
+
+
+def noised(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Return what enters the first layer, with the noise that `embedding_noise` gives; as it is without."""
+    noise_BTD = _noise.get()
+    return x_BTD if noise_BTD is None else x_BTD + noise_BTD.astype(x_BTD.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -179,6 +200,6 @@ def scan(
 
 
 __all__ = [
-    "REMAT_POLICIES", "Cache", "GatedMLP", "RMSNorm", "attention", "cached_attention", "embed", "matrix", "project",
-    "rotate", "scan", "stack",
+    "REMAT_POLICIES", "Cache", "GatedMLP", "RMSNorm", "attention", "cached_attention", "embed", "embedding_noise",
+    "matrix", "noised", "project", "rotate", "scan", "stack",
 ]  # fmt: skip

@@ -161,7 +161,8 @@ class Model(nnx.Module):
         remat: str,
     ) -> tuple[Array, Any]:
         """Return the hidden states and the cache with these tokens added; None without one."""
-        x_BTD = sharding.constrain(layers.embed(self.embed[...], tokens_BT, dtype), "B T D")
+        x_BTD = layers.noised(layers.embed(self.embed[...], tokens_BT, dtype))
+        x_BTD = sharding.constrain(x_BTD, "B T D")
         body = lambda block, x_BTD, cache: block(x_BTD, positions_BT, segments_BT, cache)
         x_BTD, cache = layers.scan(self.layers, x_BTD, body, remat, cache)
         return self.final_norm(x_BTD), cache

@@ -7,7 +7,7 @@ sorted parts, never for an indexed read.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,7 @@ class Objective(Protocol):
     these [N, V]: diagnostics then describe them, too; and `lam`, the weight of the strong role in them.
     """
 
-    @property
-    def roles(self) -> tuple[str, ...]: ...
+    roles: ClassVar[tuple[str, ...]]
 
     def __call__(
         self, logits: Mapping[str, Float[Array, "N V"]], targets_N: Int[Array, "N"], ctx: Context
