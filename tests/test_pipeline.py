@@ -5,11 +5,11 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import kills
 import numpy as np
 import pytest
 import recipes
@@ -71,79 +71,20 @@ def refuse(monkeypatch, *functions):
 
 # -- killed, stopped, gone on with ------------------------------------------------------------------------------------
 
-# A process that imports everything once and then becomes `wmss run` again and again: a fork for each line of input,
-# which names the moment at which it is to send itself a signal. Moments: "sft step 3" (amid it), "sft save 4" (Orbax is
-# writing), "sft digest 4" (Orbax has written, the checkpoint has no name yet), "sft done" (trained, not recorded),
-# "scores", "export", "answers" (computed, not written).
-FORKS = """
-import collections, json, os, signal, sys
-import grain, transformers
-from wmss_jax import checkpoint, cli, digests, scoring, stages, tensorfile, train
-from wmss_jax.evals import run, tasks
-
-def main(moment, nth, number, output):
-    signal.alarm(240)  # a fork that hangs is an error, not a test that never ends
-    counts = collections.Counter()
-
-    def happens(name):
-        counts[name] += 1
-        if (name, counts[name]) == (moment, nth):
-            os.kill(os.getpid(), number)
-
-    def before(owner, name, describe):
-        original = getattr(owner, name)
-        def patched(*args, **kwargs):
-            happens(describe(*args))
-            return original(*args, **kwargs)
-        setattr(owner, name, patched)
-
-    begin = checkpoint._begin
-    def begun(orbax, final, *rest):
-        partial = begin(orbax, final, *rest)
-        happens(f"{final.parent.parent.name} save {final.name}")
-        return partial
-    checkpoint._begin = begun
-    before(train._Reporter, "__call__", lambda self, step, *_: f"{self._job.directory.name} step {step}")
-    before(digests, "write", lambda directory: f"{directory.parent.parent.name} digest {directory.name.split('.')[0]}")
-    before(stages, "_write", lambda file, content: f"{file.stem} {'begun' if content['output'] is None else 'done'}")
-    before(scoring, "write", lambda *_: "scores")
-    before(tensorfile, "write", lambda *_: "export")
-    before(run.Result, "write_jsonl", lambda *_: "answers")
-
-    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(stream, 1), os.dup2(stream, 2)
-    sys.argv = ["wmss", "run", "recipe.yaml"]
-    cli.main()
-
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            main(*json.loads(line))
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        except BaseException:
-            __import__("traceback").print_exc()
-            code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
 
 def moments(seed):
-    """(moment, its n-th time in the process): eight at which to kill, in the order in which a run comes by."""
+    """Eight at which to kill, in the order in which a run comes by."""
     rng = random.Random(seed)
-    step = lambda stage: f"{stage} step {rng.randint(1, recipes.STEPS[stage])}"
+    step = lambda stage: kills.Event(f"{stage} step {rng.randint(1, recipes.STEPS[stage])}")
     return [
-        ("pretrain step 1", 1),  # before the first checkpoint
-        ("pretrain save 2", 1),  # inside a save: Orbax writes
-        (step("sft"), 1),
-        ("sft done", 1),  # at a change of stages
-        ("scores", rng.randint(1, 2)),
-        ("joint digest 4", 1),  # inside a save: all is written, nothing is committed
-        (step("sft_continued"), 1),
-        rng.choice([("export", 1), ("answers", 1), ("answers", 3)]),
+        kills.Event("pretrain step 1"),  # before the first checkpoint
+        kills.Event("pretrain save 2"),  # inside a save: Orbax writes
+        step("sft"),
+        kills.Event("sft done"),  # at a change of stages
+        kills.Event("scores", rng.randint(1, 2)),
+        kills.Event("joint digest 4"),  # inside a save: all is written, nothing is committed
+        step("sft_continued"),
+        rng.choice([kills.Event("export"), kills.Event("answers"), kills.Event("answers", 3)]),
     ]
 
 
@@ -151,66 +92,26 @@ def test_killed_eight_times_and_stopped_once_a_run_ends_bitwise_as_an_undisturbe
     undisturbed = recipes.finished(tmp_path_factory)
     environment = recipes.environment(recipes.shared(tmp_path_factory))
     root = recipes.write(tmp_path)
-    kills = [(*moment, signal.SIGKILL) for moment in moments(seed=3)]
-    sigterm = ("joint step 5", 1, signal.SIGTERM)
-    for moment, code, said in interrupted(root, [*kills[:6], sigterm, *kills[6:]], environment):
-        if moment != "joint step 5":
-            assert code == -signal.SIGKILL, f"not killed at {moment}:\n{said}"
-        else:
-            assert code == 75 and checkpoint.latest(root / "run/joint/checkpoints") == 5
-            (line,) = [text for text in said.splitlines() if text.startswith("wmss")]
-            assert line == "wmss: saved step 5 of 6 in run/joint; the same command goes on from there"
-            assert "Traceback" not in said
-        if moment == "pretrain step 1":
-            assert not checkpoint.steps(root / "run/pretrain/checkpoints")
-        if moment == "joint digest 4":
-            assert {path.name for path in (root / "run/joint/checkpoints").iterdir()} == {"2", "4.partial-new"}
-    recipes.wmss("run", "recipe.yaml", root=root, env=environment, check=True)
-    assert_same_run(root / "run", undisturbed / "run")
+    events = moments(seed=3)
+    sigterm = kills.Event("joint step 5", number=signal.SIGTERM)
+    with kills.forks(root, environment) as forks:
+        for event in [*events[:6], sigterm, *events[6:]]:
+            _, code, _, said = forks.run(event)
+            if event != sigterm:
+                assert code == -signal.SIGKILL, f"not killed at {event}:\n{said}"
+            else:
+                assert code == 75 and checkpoint.latest(root / "run/joint/checkpoints") == 5
+                (line,) = [text for text in said.splitlines() if text.startswith("wmss")]
+                assert line == "wmss: saved step 5 of 6 in run/joint; the same command goes on from there"
+                assert "Traceback" not in said
+            if event.moment == "pretrain step 1":
+                assert not checkpoint.steps(root / "run/pretrain/checkpoints")
+            if event.moment == "joint digest 4":
+                assert {path.name for path in (root / "run/joint/checkpoints").iterdir()} == {"2", "4.partial-new"}
+        last = forks.run()
+    assert last.code == 0, last.said
+    kills.assert_same_run(root / "run", undisturbed / "run")
     assert not list((root / "run").rglob("*.partial*"))
-
-
-def interrupted(root, events, environment):
-    """Begin `wmss run` anew for every event; give its moment, the exit code and the output."""
-    output = root / "output"
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS], cwd=root, env=environment,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
-    ) as forks:  # fmt: skip
-        assert forks.stdin and forks.stdout
-        for moment, nth, number in events:
-            print(json.dumps([moment, nth, number, str(output)]), file=forks.stdin)
-            yield moment, int(forks.stdout.readline()), output.read_text()
-            output.unlink()
-
-
-def assert_same_run(got, wanted):
-    """Bitwise: the exported model, every training stage's last state, its metrics; and the answers."""
-    for name in [path.name for path in (wanted / "export").iterdir()]:
-        assert (got / "export" / name).read_bytes() == (wanted / "export" / name).read_bytes()
-    for stage, steps in recipes.STEPS.items():
-        mine, theirs = (arrays(root / stage / f"checkpoints/{steps}") for root in (got, wanted))
-        assert mine.keys() == theirs.keys() and len(theirs) > 30
-        for name, array in theirs.items():
-            np.testing.assert_array_equal(mine[name], array, err_msg=f"{stage} {name}")
-        assert losses(got / stage) == losses(wanted / stage)
-    for file in (wanted / "eval").iterdir():
-        assert (got / "eval" / file.name).read_bytes() == file.read_bytes()
-
-
-def arrays(directory):
-    """All arrays of a checkpoint, optimizer state included, by name."""
-    import orbax.checkpoint as ocp
-
-    directory, orbax = directory.absolute() / "state", ocp.PyTreeCheckpointer()
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), orbax.metadata(directory).item_metadata)
-    tree = orbax.restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def losses(stage):
-    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line.get("loss"), line.get("held_out_loss")) for line in lines]
 
 
 @pytest.mark.parametrize("moment", ["scoring", "export"])

@@ -222,7 +222,7 @@ def test_a_bit_flipped_in_the_checkpoint_of_an_unfinished_stage(finished, refuse
     record = json.loads(Path("run/stages/joint.json").read_text())
     Path("run/stages/joint.json").write_text(json.dumps({**record, "output": None}))
     recipes.flip_a_bit(Path("run/joint/checkpoints/6"))
-    expected = r"\S*run/joint/checkpoints/6: state/\S+: crc32c .*/4 is intact; .*; remove what is damaged to go on .*"
+    expected = r"\S*run/joint/checkpoints/6: state/\S+: crc32c .*/4 is intact; train.resume_from=newest_intact .*"
     assert_says(refused("run", "recipe.yaml"), expected)
 
 

@@ -1,5 +1,6 @@
 """Eight simulated devices against one, and what the compiled programs communicate and hold."""
 
+import dataclasses
 import functools
 import re
 
@@ -155,6 +156,48 @@ def test_no_buffer_of_logits_size(objective, mesh_shape, T=64, V=4096):
 def test_a_mesh_that_does_not_fit_is_refused(axes, message):
     with pytest.raises(ValueError, match=message):
         wmss.make_mesh(**axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A device of the kind that needs nothing more to be arranged."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "any"
+
+    @property
+    def process_index(self):
+        return self.id // 2
+
+
+@pytest.mark.parametrize(
+    "sizes, over", [((2, 4, 2), (2, 1, 1)), ((4, 2, 2), (2, 1, 1)), ((1, 8, 2), (1, 2, 1)), ((1, 1, 16), (1, 1, 2))]
+)
+def test_slices_are_split_off_from_the_outermost_axis(sizes, over):
+    """Every device once, and each slice's devices one block of the mesh, whatever order they are given in."""
+    devices = [Gpu(number, slice_index=number % 2) for number in range(16)]
+    mesh = sharding.arranged(sizes, devices)
+    assert mesh.shape == sizes and {device.id for device in mesh.flat} == set(range(16))
+    slices = np.vectorize(lambda device: device.slice_index)(mesh)
+    axis = over.index(2)
+    halves = np.split(slices, 2, axis)
+    assert [np.unique(half).tolist() for half in halves] == [[0], [1]]
+
+
+@pytest.mark.parametrize("sizes, slices", [((2, 4, 1), [8]), ((3, 4, 1), [4, 4, 4]), ((1, 6, 2), [4, 4, 4])])
+def test_other_slices(sizes, slices):
+    numbers = [number for number, size in enumerate(slices) for _ in range(size)]
+    mesh = sharding.arranged(sizes, [Gpu(i, slice_index=number) for i, number in enumerate(numbers)])
+    assert mesh.shape == sizes
+
+
+@pytest.mark.parametrize("slices, said", [([4, 4, 4, 2, 2], "over 5 slices of 2, 4 devices"), ([6, 10], "slices of 6")])
+def test_slices_over_which_no_axis_splits_are_refused(slices, said):
+    numbers = [number for number, size in enumerate(slices) for _ in range(size)]
+    with pytest.raises(ValueError, match=said):
+        sharding.arranged((2, 4, 2), [Gpu(i, slice_index=number) for i, number in enumerate(numbers)])
 
 
 def test_a_mesh_axis_that_does_not_divide_says_which_number_to_change():

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import kills
 import numpy as np
 import optax
 import pytest
@@ -197,14 +198,21 @@ def test_sigterm_at_the_last_step_stops_the_run_all_the_same(run, tmp_path, monk
     assert train.train(job).name == str(TOTAL)
 
 
-def test_a_damaged_checkpoint_is_not_gone_on_from(undisturbed, run, tmp_path, monkeypatch):
-    whole, _ = undisturbed("plain")
+def test_a_damaged_checkpoint_is_gone_on_from_only_by_an_older_one_and_only_when_asked(
+    undisturbed, run, tmp_path, monkeypatch
+):
+    whole, path = undisturbed("plain")
     job = plain(run, recipes.copy(whole.directory, tmp_path / "damaged"))
-    recipes.flip_a_bit(job.directory / f"checkpoints/{TOTAL}")
-    monkeypatch.setattr(train.step, "make_train_step", None)
-    expected = rf"checkpoints/{TOTAL}: state/.*crc32c.*checkpoints/{TOTAL - 1} is intact.*; remove what is damaged"
-    with pytest.raises(checkpoint.CheckpointDamaged, match=expected):
+    last = job.directory / f"checkpoints/{TOTAL}"
+    recipes.flip_a_bit(last)
+    expected = rf"checkpoints/{TOTAL}: state/.*crc32c.*checkpoints/{TOTAL - 1} is intact; train.resume_from=newest_inta"
+    with monkeypatch.context() as patch, pytest.raises(checkpoint.CheckpointDamaged, match=expected):
+        patch.setattr(train.step, "make_train_step", None)
         train.train(job)
+    asked = job.loop.model_copy(update={"resume_from": "newest_intact"})
+    assert train.train(dataclasses.replace(job, loop=asked)) == last
+    checkpoint.verify(last)
+    kills.assert_same_state(last, path)
 
 
 # -- what a stage ends with -------------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ class Writer:
     """Writes the checkpoints of a run as `<root>/<step>/` in the background, and removes old ones.
 
     `save` returns as soon as the host has a copy of the state: its buffers may be donated to the next step. An error
-    while writing is raised, as OSError, by the next `save` or `wait`. A step that exists is replaced. Steps above the
-    one just saved belong to a continuation that was given up, and are removed.
+    while writing is raised, as OSError, by the next `check`, `save` or `wait`. A step that exists is replaced. Steps
+    above the one just saved belong to a continuation that was given up, and are removed.
 
     Args:
         root: made if missing; what a crashed writer left in it is removed.
@@ -109,6 +109,11 @@ class Writer:
         final = self.root / str(step)
         partial = _begin(self._orbax, final, state, _meta_text(meta, step, metric), files)
         self._pending = self._thread.submit(self._complete, partial, final)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything has by now; it waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def wait(self) -> None:
         """Return when everything is written; raise what went wrong in the background."""
@@ -272,11 +277,13 @@ def _finish(orbax: ocp.AsyncCheckpointer, partial: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def _others_wait() -> Iterator[None]:
-    """Hold the other processes until process 0 is through the block too, or they would look for it too early."""
-    try:
-        yield
-    finally:  # by the coordination service, because collectives belong to the main thread
-        ocp.multihost.get_barrier_sync_fn()(key=f"wmss-checkpoint-{next(_barriers)}", timeout_ms=_TIMEOUT_S * 1000)
+    """Hold the other processes until process 0 is through the block too, or they would look for it too early.
+
+    One that fails waits for nobody: it ends, and the others with it.
+    """
+    yield
+    # By the coordination service, because collectives belong to the main thread.
+    ocp.multihost.get_barrier_sync_fn()(key=f"wmss-checkpoint-{next(_barriers)}", timeout_ms=_TIMEOUT_S * 1000)
 
 
 def _meta_text(meta: Mapping[str, Any], step: int | None = None, metric: float | None = None) -> str:

@@ -216,6 +216,11 @@ class TrainConfig(Section):
     """Optimizer steps between two checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 2
     """Newest checkpoints of a stage that are kept."""
+    keep_every_steps: PositiveInt | None = None
+    """Besides, checkpoints at multiples of so many steps are kept; null: no more than the newest."""
+    resume_from: Literal["newest", "newest_intact"] = "newest"
+    """The checkpoint that an interrupted stage goes on from; newest_intact: where the newest is damaged, an older
+    one."""
     verify: Literal["full", "sizes"] = "full"
     """What is checked of a checkpoint before it is read: the checksum of every file, or its size only."""
     stall_report_s: PositiveFloat | None = 900.0

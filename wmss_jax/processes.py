@@ -59,7 +59,12 @@ def start() -> None:
         if numbers["process_id"] > 0:
             _await_coordinator(told[ADDRESS], start_s)
     try:
-        jax.distributed.initialize(**where, initialization_timeout=start_s, heartbeat_timeout_seconds=heartbeat_s)
+        jax.distributed.initialize(
+            **where,
+            initialization_timeout=start_s,
+            heartbeat_timeout_seconds=heartbeat_s,
+            shutdown_timeout_seconds=heartbeat_s,  # one that ends by an error need not wait longer for the others
+        )
     except ValueError:
         if told or _in_cluster():
             raise  # to go on alone, each on its own, would be several runs in one directory

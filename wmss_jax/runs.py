@@ -74,6 +74,7 @@ class Run:
 
 def prepare(recipe: config.RunConfig, say: Callable[[str], None] = print) -> Run:
     """Return a recipe's tokenizer, examples and mesh, made or found in its work directory."""
+    processes.check_alike({"recipe": config.digest(recipe)})  # first, or one alone would find the mistakes below
     work, say = Path(recipe.work_dir), say if processes.first() else _say_nothing
     mesh = sharding.make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     device = mesh.devices.flat[0]
@@ -99,7 +100,7 @@ def prepare(recipe: config.RunConfig, say: Callable[[str], None] = print) -> Run
         f"{r.examples:,} examples, {r.tokens:,} tokens; {r.dropped:,} dropped and {r.truncated:,} truncated as too long"
     )
     held_out = encoded(recipe.eval.data) if recipe.eval.data else None
-    processes.check_alike({"recipe": config.digest(recipe), "data set": dataset.fingerprint})
+    processes.check_alike({"data set": dataset.fingerprint})
     return Run(recipe, work, None if mesh.size == 1 else mesh, made, dataset, held_out, say)
 
 

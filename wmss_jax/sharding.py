@@ -5,6 +5,7 @@ the query projections of all layers. The letters alone decide the sharding, so a
 these two tables and of nothing else.
 """
 
+import collections
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
@@ -50,10 +51,34 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
             f"mesh data={data} × fsdp={fsdp} × tensor={tensor} does not cover {len(devices)} devices; "
             f"the axes must multiply to {len(devices)}"
         )
-    # Where no mesh axis fits one of a TPU's (16 × 4 on 4 × 4 × 4 chips), parts of them are combined.
-    arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto, not the default Explicit: under Explicit a gather from an FSDP-sharded embedding is an error.
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Return the devices in the shape of a mesh, those that are close to each other along its last axes.
+
+    Slices, between which there is only the slower network of the data centre (DCN), are split off from the outermost
+    axis: a mesh 2 × 16 × 4 on two slices keeps fsdp and tensor within a slice, 1 × 32 × 4 keeps tensor.
+
+    Raises:
+        ValueError: the slices differ in size, or the axes do not split over them.
+    """
+    slices = collections.Counter(getattr(device, "slice_index", None) for device in devices)
+    left, over = len(slices), []
+    for size in sizes:
+        over.append(math.gcd(size, left))
+        left //= over[-1]
+    if left > 1 or len(set(slices.values())) > 1:
+        raise ValueError(
+            f"mesh {' × '.join(map(str, sizes))} does not split over {len(slices)} slices of "
+            f"{', '.join(map(str, sorted(set(slices.values()))))} devices; make mesh.data a multiple of {len(slices)}"
+        )
+    # Where no mesh axis fits one of a TPU's (16 × 4 on 4 × 4 × 4 chips), parts of them are combined.
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    within = [size // n for size, n in zip(sizes, over, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(within, over, devices, allow_split_physical_axes=True)
 
 
 def use(mesh: Mesh | None):

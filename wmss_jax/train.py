@@ -110,7 +110,9 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
 
     primary = jax.process_index() == 0
     with (
-        checkpoint.Writer(_checkpoints(job), keep_last=job.loop.keep_last, keep_best=keep_best) as writer,
+        checkpoint.Writer(
+            _checkpoints(job), job.loop.keep_last, job.loop.keep_every_steps, keep_best=keep_best
+        ) as writer,
         Tracker(job.directory, total, job.loop.tensorboard, start_step=start, primary=primary) as tracker,
         profiled(job.directory / "profile", job.loop.profile) as profile,
         preemption.deferred() as asked_to_stop,
@@ -128,6 +130,7 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
                 state, metrics = train_step(state, frozen, sharding.place_rows(batch, job.mesh, job.plan.batch_size))
             profile(metrics)
             report(number, metrics, batch)
+            writer.check()
 
             evaluate = job.held_out is not None and (number % job.held_out.every_steps == 0 or number == total)
             save = number % job.loop.checkpoint_every_steps == 0 or number == total or (evaluate and keep_best)
@@ -158,9 +161,13 @@ def _first_state(job: Job, tx: optax.GradientTransformation) -> step.TrainState:
     """Return the newest checkpoint's state, or else the one before the first step."""
     params = {role: job.models[role].abstract(job.param_dtype, job.mesh) for role in job.trained_roles}
     try:
-        resumed = checkpoint.resume(_checkpoints(job), step.abstract_state(params, tx), job.loop.verify)
+        resumed = checkpoint.resume(
+            _checkpoints(job), step.abstract_state(params, tx), job.loop.verify,
+            use_previous=job.loop.resume_from == "newest_intact",
+        )  # fmt: skip
     except checkpoint.CheckpointDamaged as error:
-        raise checkpoint.CheckpointDamaged(f"{error}; remove what is damaged to go on from what is intact") from error
+        said = str(error).replace("use_previous=True", "train.resume_from=newest_intact")  # as a recipe has it
+        raise checkpoint.CheckpointDamaged(said) from error
     return step.init_state(job.trained(), tx) if resumed is None else resumed[1]
 
 
