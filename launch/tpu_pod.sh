@@ -2,7 +2,7 @@
 # A command on every host of a Cloud TPU slice, kept going until it is done.
 #
 #   launch/tpu_pod.sh [--dry-run] up COMMAND [ARGUMENT ...]      create, install, run; again after a preemption or 75
-#   WMSS_TPU_TYPE=v5p-128 WMSS_TPU_ZONE=us-east5-a launch/tpu_pod.sh up wmss run recipe.yaml data=DIR work_dir=gs://...
+#   WMSS_TPU_TYPE=v5p-128 WMSS_TPU_ZONE=us-east5-a launch/tpu_pod.sh up wmss run recipe.yaml data=DIR work_dir=DIR
 #
 # or one step at a time:
 #   create             asks for the slice and waits until it is there
@@ -21,12 +21,14 @@
 #   WMSS_TPU_VALID_UNTIL (none)     6h: take the request back if it has waited so long
 #   WMSS_EXTRAS (tpu,data,tracking) of the package      WMSS_PYTHON (3.12)
 #   WMSS_COPY (none)                what else goes to every host, seen from the repository's root: "data my.yaml"
+#   WMSS_SETUP (none)               runs on every host before the command is installed: mounts what data and work_dir lie
+#                                   on, as in "mkdir -p ~/bucket && gcsfuse --implicit-dirs BUCKET ~/bucket"
 #   WMSS_FORWARD (HF_TOKEN WANDB_API_KEY)      variables that `install` takes there; in a file, never in a command
 #   WMSS_POLL (30)                  WMSS_GRACE (120)               seconds between two looks; for the other hosts to end
 #   WMSS_MAX_RESTARTS (100)         WMSS_DELETE (0)                1: `up` gives the slice back at the end
 #
 # The command runs in ~/wmss of every host, detached: a broken connection does not end it. JAX finds the other hosts
-# from the slice's metadata. work_dir has to be seen by all hosts and outlive them: gs://. Exit codes are the command's.
+# from the slice's metadata. work_dir has to be seen by all hosts and outlive them: WMSS_SETUP. Exit codes are the command's.
 set -euo pipefail
 
 show() {
@@ -191,6 +193,7 @@ install() {
   run "${tpus[@]}" tpu-vm scp "${where[@]}" --worker=all --recurse "$parcel" "$name:" || copied=$?
   run rm -f "$parcel/environment"
   if ((copied != 0)); then return "$copied"; fi
+  if [[ -n ${WMSS_SETUP:-} ]]; then on all "$WMSS_SETUP"; fi
   on all "bash wmss/tpu_pod.sh host install ${WMSS_PYTHON:-3.12} ${WMSS_EXTRAS:-tpu,data,tracking}"
 }
 

@@ -1,9 +1,9 @@
 """What a run survives: kills in every phase, lost processes, other devices, damage, full disks. Run: make test-chaos"""
 
 import collections
-import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -113,8 +113,9 @@ def test_one_of_two_killed_ends_the_other_with_a_message_and_a_restart_goes_on(t
         f"process {lost} killed: the other ended with {running[1 - lost].returncode} after {took:.1f} s, saying\n{err}"
     )
     assert running[1 - lost].returncode not in (0, 75) and took < 2 * deadline_s + 10
-    said = [line for line in err.splitlines() if line.startswith("wmss: ")]
-    assert len(said) == 1 and "another process of this run is gone" in said[0] and "start all again" in said[0]
+    assert "Terminating process" in err and "another task died" in err  # JAX's words
+    if lost:
+        assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\n1\n", err), "which one"
     for _, err, code in together(root, *LONG):
         assert code == 0, err
     last = "run/sft/checkpoints/50"
@@ -144,9 +145,7 @@ def test_saved_on_eight_devices_gone_on_with_elsewhere(stopped_on_eight, two_pro
     else:
         fsdp = {"8 devices": "{data: 2, fsdp: 4}", "4 devices": "{fsdp: 4}", "1 device": "{fsdp: 1}"}[now]
         finish(root, int(now.split()[0]), f"mesh={fsdp}")
-    lines = [json.loads(line) for line in (root / "run/sft/metrics.jsonl").read_text().splitlines()]
-    since = [line["step"] for line in lines].index(saved + 1, 1)  # what was logged after the last save is there twice
-    after, expected = np.array([line["loss"] for line in lines[since:]]), losses(two_processes)[saved:]
+    after, expected = losses(root)[saved - 50 :], losses(two_processes)[saved:]
     print(now, f"from step {saved}: largest relative difference", np.max(np.abs(after / expected - 1)))
     np.testing.assert_allclose(after, expected, rtol=1e-5)
     assert seen(root) == seen(two_processes)
@@ -160,7 +159,7 @@ def stopped(environment, tmp_path_factory):
     """A run that was killed in its SFT, after the checkpoints of steps 2 and 4."""
     root = recipes.write(tmp_path_factory.mktemp("stopped"))
     with kills.forks(root, environment) as forks:
-        assert forks.run(Event("sft step 6")).code == -signal.SIGKILL
+        assert forks.run(Event("sft digest 6")).code == -signal.SIGKILL
     assert checkpoint.steps(root / "run/sft/checkpoints") == [2, 4]
     return root
 

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -358,7 +359,15 @@ def test_a_failed_write_is_an_oserror_and_leaves_the_step_before(tmp_path):
     with checkpoint.Writer(tmp_path) as writer:
         writer.save(1, value(1), {})
         writer.wait()
-        for surfaces in (writer.wait, lambda: writer.save(3, value(3), {})):
+        writer.check()  # nothing is wrong
+
+        def seen_between_two_steps():
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                writer.check()
+                time.sleep(0.01)
+
+        for surfaces in (writer.wait, lambda: writer.save(3, value(3), {}), seen_between_two_steps):
             with no_file_larger_than(100_000):
                 writer.save(2, big, {})
                 with pytest.raises(OSError, match=r"2: the checkpoint could not be written: .*File too large"):

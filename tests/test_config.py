@@ -549,3 +549,9 @@ def test_schema_of_a_table_is_one_of_its_rows(table):
         assert rows["mix"]["required"] == ["name"]
         assert set(rows["mix"]["properties"]) == {"name", "lam", "precision", "layers", "top", "ramps"}
         assert rows["mix"]["properties"]["lam"]["description"] == "Share of the strong logits."
+
+
+@pytest.mark.parametrize("key", ["work_dir", "data"])
+def test_a_bucket_has_to_be_mounted(recipe, key):
+    with pytest.raises(ValueError, match=rf"{key}: .*gs://bucket/run is no directory: a bucket has to be mounted"):
+        load(recipe(), [f"{key}=gs://bucket/run"])

@@ -346,6 +346,11 @@ def test_tpu_dry_run_of_one_step(verb, settings, expected):
     assert dry_run("tpu_pod.sh", verb, **TPU, **settings) == expected
 
 
+def test_tpu_install_mounts_first():
+    words = dry_run("tpu_pod.sh", "install", **TPU, WMSS_SETUP="gcsfuse b ~/bucket")
+    assert words == [*INSTALL[:-1], on_all("gcsfuse b ~/bucket"), INSTALL[-1]]
+
+
 def test_tpu_dry_run_writes_nothing_and_shows_no_secret(tmp_path):
     shutil.copytree(LAUNCH, tmp_path / "launch")
     done = launch("tpu_pod.sh", "--dry-run", "install", cwd=tmp_path, **TPU)
@@ -506,7 +511,15 @@ POD = closed(
     terminationGracePeriodSeconds=COUNT,
     nodeSelector=mapped(TEXT),
     tolerations=listed(closed(key=TEXT, operator=one_of("Exists", "Equal"))),
-    volumes=listed(closed("name", name=TEXT, emptyDir=closed(medium=one_of("", "Memory")))),
+    serviceAccountName=TEXT,
+    volumes=listed(
+        closed(
+            "name",
+            name=TEXT,
+            emptyDir=closed(medium=one_of("", "Memory")),
+            csi=closed("driver", driver=TEXT, readOnly=FLAG, volumeAttributes=mapped(TEXT)),
+        )
+    ),
     containers=listed(
         closed(
             "name",
@@ -542,7 +555,7 @@ JOB = closed(
             )
         ),
     ),
-    template=closed(spec=POD),
+    template=closed(spec=POD, metadata=closed(annotations=mapped(TEXT))),
 )
 JOBSET = closed(
     "apiVersion kind metadata spec",
@@ -594,6 +607,10 @@ def test_jobset_is_valid_and_starts_again_on_75(kind):
     assert job["completions"] == job["parallelism"] == 16
     assert container["args"][0].startswith("exec wmss run configs/")
     assert list(container["resources"]["limits"]) == [{"tpu": "google.com/tpu", "gpu": "nvidia.com/gpu"}[kind]]
+    mounted = {volume["name"]: volume["mountPath"] for volume in container["volumeMounts"]}
+    assert mounted == {"bucket": "/bucket"} | ({"shm": "/dev/shm"} if kind == "gpu" else {})
+    assert mounted.keys() == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}  # or the driver mounts nothing
     assert container["name"] == job["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"]
     assert outcome(manifest, 75) == "RestartJobSetAndIgnoreMaxRestarts"
     assert outcome(manifest, 2) == "FailJobSet"
@@ -629,6 +646,7 @@ TASK = closed(
     workdir={"type": "string"},
     setup={"type": "string"},
     run={"type": "string"},
+    file_mounts=mapped(closed("source", source=TEXT, mode=one_of("MOUNT", "COPY", "MOUNT_CACHED"))),
     envs={"type": "object", "patternProperties": {"^[a-zA-Z_][a-zA-Z0-9_]*$": {"type": ["string", "null"]}},
           "additionalProperties": False},
     secrets={"type": "object", "additionalProperties": {"type": ["string", "null"]}},
@@ -654,13 +672,15 @@ def test_skypilot_task_is_valid_and_starts_again_on_75(task):
     jsonschema.validate(task, TASK)
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     assert (ROOT / task["envs"]["RECIPE"]).exists()
+    (mount,) = task["file_mounts"]
+    assert all(task["envs"][name].startswith(f"{mount}/") for name in ("DATA", "WORK_DIR"))
     for script in (task["setup"], task["run"]):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_skypilot_task_runs_the_command_with_its_variables(task, tmp_path):
     stand_in(tmp_path / "wmss/bin", "wmss", "env | grep ^JAX_ | sort; exit 75")
-    given = {"DATA": "d", "WORK_DIR": "w", "OVERRIDES": "seed=1 rounds=2", "HOME": tmp_path}
+    given = {"BUCKET": "gs://b", "DATA": "d", "WORK_DIR": "w", "OVERRIDES": "seed=1 rounds=2", "HOME": tmp_path}
     sky = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": 2, "SKYPILOT_NODE_RANK": 1}
     settings = environment(**task["envs"] | given | sky)
     done = subprocess.run(["bash", "-c", task["run"]], env=settings, capture_output=True, text=True)

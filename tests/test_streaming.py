@@ -68,6 +68,7 @@ def test_an_import_holds_little_beside_its_result(random_checkpoint, devices, dt
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
+    print({name: f"{value / 1e6:.0f} MB" for name, value in said.items()})
     assert said["excess"] <= said["largest"] + 500e6, said
 
 

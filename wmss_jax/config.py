@@ -380,6 +380,14 @@ def _arm_name(text: str) -> str:
     return _name(text)
 
 
+def _mounted(text: str) -> str:
+    if "://" in text:
+        raise ValueError(
+            f"{text} is no directory: a bucket has to be mounted on every host (launch/README.md); give where it is"
+        )
+    return text
+
+
 class TaskConfig(Section):
     """Problems that are answered by greedy decoding and graded."""
 
@@ -435,9 +443,9 @@ class ExportConfig(Section):
 class RunConfig(Section):
     """A whole run: (pre-training,) SFT, scores, curriculum, joint training with the weak agent, export, evaluation."""
 
-    work_dir: Text
+    work_dir: Annotated[Text, AfterValidator(_mounted)]
     """Directory of everything that the run writes; the same command continues a run found there."""
-    data: Text = "."
+    data: Annotated[Text, AfterValidator(_mounted)] = "."
     """Directory that the relative paths of all sources start from."""
     seed: NonNegativeInt = 42
     """Seed of initialisation, draws, order and noise. Code: 42."""
