@@ -1,28 +1,41 @@
-"""Greedy continuation of prompts, on the parameters as they lie: batched, with a key-value cache.
-
-A batch is one compiled program: it reads the prompts, then adds a token to every row until all rows
-have stopped. Letters as in models/layers.py.
-"""
+"""Continuations of prompts, on the parameters as they lie: batched, with a key-value cache, freed rows filled again."""
 
 import functools
-import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, PyTree
 
-from wmss_jax import head, precision, sharding
+from wmss_jax import decoding, sharding
 from wmss_jax.models import CausalLM
-from wmss_jax.models.layers import Cache
+from wmss_jax.sampling import GREEDY, Sampling
 
 MIN_BUCKET = 32  # tokens; below it, padding costs less than another compilation
+_LOOK_EVERY = 16  # tokens, where the host has to look whether a text has ended
+_REFILL = 4  # a quarter of the rows is read at once
 
-Pick = Callable[[Array], Array]  # logits_BV -> tokens_B
+Finish = Literal["stop", "text", "length"]
+Ends = Callable[[list[int]], bool]
+
+
+class Completion(NamedTuple):
+    """What follows a prompt.
+
+    Attributes:
+        prompt: its index.
+        sample: which of its continuations, from 0.
+        tokens: so far, without the stop token.
+        finish: what ended it: a stop token, `ends`, or the limit; None: it goes on.
+    """
+
+    prompt: int
+    sample: int
+    tokens: list[int]
+    finish: Finish | None
 
 
 def generate(
@@ -32,137 +45,207 @@ def generate(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+    ends: Ends | None = None,
     mesh: Mesh | None = None,
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """Return each prompt's most likely next tokens, one after another, up to the first stop token.
+    """Return each prompt's next tokens up to the first stop token: `sampling.samples` lists for the first, and so on.
 
-    Results come in the order of the prompts, without the stop token and at most `max_new_tokens`
-    long. Of equally likely tokens the lowest id is taken.
+    See `stream` for arguments and errors; this waits for all of it.
+    """
+    settings = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "sampling": sampling, "seeds": seeds}
+    found = stream(model, params, prompts, ends=ends, mesh=mesh, batch_size=batch_size, **settings)
+    return [completion.tokens for completion in sorted(found, key=lambda c: (c.prompt, c.sample))]
 
-    Prompts of similar length share a batch. A batch is padded on the right to its longest prompt,
-    rounded up to a power of two of at least MIN_BUCKET tokens, and to `batch_size` rows (fewer
-    where all prompts together need fewer: again a power of two, and a multiple of the mesh's batch
-    shards). So one call compiles at most one program per power of two among its prompt lengths.
+
+def stream(
+    model: CausalLM,
+    params: PyTree[Array],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+    ends: Ends | None = None,
+    every: int | None = None,
+    mesh: Mesh | None = None,
+    batch_size: int = 64,
+) -> Iterator[Completion]:
+    """Yield each continuation when it is finished, and with `every` also before that.
+
+    Rows that have finished are filled with further prompts, a quarter of the batch at a time, the longest first: what
+    does not fit in memory fails at once. Prompts are padded to 32, 48, 64, 96, 128, ... tokens and batches to a power
+    of two of rows (and to a multiple of the mesh's batch shards), so one call compiles a program for the prompts of
+    each such length, and one more that adds tokens.
+
+    A draw depends on (seed, sample, position of the token) alone: not on the batch, its size or its other rows.
+    Logits do in their last bits where the size differs.
 
     Args:
         params: where they lie decides where the work is done: on `mesh` if they are sharded.
-        stop_ids: token ids that end a row; may be empty.
+        stop_ids: token ids that end a continuation; may be empty.
+        seeds: of each prompt, 0 to 2**32 - 1; default: its index. Equal seeds draw the same noise.
+        ends: of the tokens so far, whether they are complete: asked for every token (see `answers.StopTexts`).
+        every: tokens after which unfinished continuations are yielded, too.
         mesh: batches are split over its `data` and `fsdp` axes.
-        batch_size: rows at once; the cache takes rows × (prompt bucket + max_new_tokens) × 2 L K H
-            numbers in the compute dtype.
+        batch_size: rows at once; the cache takes rows × (prompt + max_new_tokens, padded) × 2 L K H numbers in the
+            compute dtype.
 
     Raises:
-        ValueError: a prompt is empty or holds an id that is no token, or a number is below 1.
+        ValueError: a prompt is empty or holds an id that is no token, or a number is out of its range.
     """
-    _check(model, prompts, max_new_tokens, batch_size)
-    stop_ids = frozenset(stop_ids)
-    stop = np.array(sorted(stop_ids), np.int32)
-    results: list[list[int]] = [[] for _ in prompts]
-    for batch in _batches(prompts, batch_size, sharding.batch_shards(mesh)):
-        out_BT = _continue(
-            params,
-            _placed(batch.tokens_BT, mesh),
-            _placed(batch.lengths_B, mesh),
-            stop,
-            model=model,
-            max_new_tokens=max_new_tokens,
-            mesh=mesh,
-            pick=greedy,
-        )
-        rows = np.asarray(out_BT)[: len(batch.indices)].tolist()
-        for index, row in zip(batch.indices, rows, strict=True):
-            results[index] = list(itertools.takewhile(lambda token: token not in stop_ids, row))
-    return results
+    seeds = range(len(prompts)) if seeds is None else seeds
+    _check(model, prompts, seeds, max_new_tokens=max_new_tokens, batch_size=batch_size, every=every)
+    if not prompts:
+        return
+    waiting = sorted(
+        (_Request(i, sample, seeds[i], prompts[i]) for i in range(len(prompts)) for sample in range(sampling.samples)),
+        key=lambda request: -len(request.tokens),
+    )
+    batch = _Batch(model, params, waiting, max_new_tokens, stop_ids, sampling, mesh, batch_size)
+    steps = min([n for n in (every, _LOOK_EVERY if ends else None) if n is not None], default=max_new_tokens)
+    while batch.busy:
+        batch.refill()
+        batch.advance(steps)
+        yield from batch.harvest(ends, unfinished=every is not None)
 
 
-def greedy(logits_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """Return the most likely tokens; of equally likely ones the lowest id."""
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+class _Request(NamedTuple):
+    prompt: int
+    sample: int
+    seed: int
+    tokens: Sequence[int]
 
 
-class _Batch(NamedTuple):
-    """Prompts padded on the right with 0; rows beyond `indices` are filling, of length 0."""
+class _Batch:
+    """The slots of a batch: which request is in which, and who waits for one."""
 
-    indices: list[int]  # of the prompts
-    tokens_BT: np.ndarray
-    lengths_B: np.ndarray
+    def __init__(
+        self, model: CausalLM, params: PyTree[Array], waiting: list[_Request], max_new_tokens: int,
+        stop_ids: Collection[int], sampling: Sampling, mesh: Mesh | None, batch_size: int,
+    ):  # fmt: skip
+        self._params, self._waiting, self._mesh = params, waiting, mesh
+        self._stop_ids = frozenset(stop_ids)
+        self._shards = sharding.batch_shards(mesh)
+        rows = min(batch_size, _power_of_two(len(waiting)))
+        rows += -rows % self._shards
+        self._reads = -(-rows // _REFILL)
+        self._reads += -self._reads % self._shards
+        self._in_slot: list[_Request | None] = [None] * rows
+        self._checked = [0] * rows  # tokens of each row that `ends` was asked about
+        self._dropped_B = np.zeros(rows, bool)
+        # Stop ids are padded to a power of two with -1, which no token is: their number compiles nothing.
+        padded = _power_of_two(max(len(self._stop_ids), 4))
+        stop = np.full(padded, -1, np.int32)
+        stop[: len(self._stop_ids)] = sorted(self._stop_ids)
+        self._limits = decoding.Limits(stop, np.int32(max_new_tokens))
+        self._program = decoding.Program(model, sampling.kind, mesh)
+        self._numbers = sampling.numbers
+        longest = len(waiting[0].tokens)
+        S = bucket(max(bucket(longest), longest + max_new_tokens))
+        self._slots = decoding.empty(params, program=self._program, B=rows, S=S, M=bucket(max_new_tokens))
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self._waiting) or any(request is not None for request in self._in_slot)
+
+    def refill(self) -> None:
+        """Put waiting prompts into free slots, as long as there are enough of both."""
+        while self._waiting and self._free >= min(self._reads, len(self._waiting)):
+            self._read()
+
+    def advance(self, steps: int) -> None:
+        """Add up to `steps` tokens to every row; stop early when it is time to refill."""
+        enough = len(self._in_slot) - min(self._reads, len(self._waiting)) if self._waiting else 0
+        going = decoding.advance(
+            self._params, self._slots, self._dropped_B, np.int32(steps), np.int32(enough), self._limits,
+            self._numbers, program=self._program,
+        )  # fmt: skip
+        self._slots, self._dropped_B = going, np.zeros_like(self._dropped_B)
+
+    def harvest(self, ends: Ends | None, unfinished: bool) -> Iterator[Completion]:
+        """Free the slots of finished rows and yield these; with `unfinished` yield the others, too."""
+        made_B, going_B = np.asarray(self._slots.made_B), np.asarray(self._slots.going_B)
+        out_BM = np.asarray(self._slots.out_BM)
+        for slot, request in enumerate(self._in_slot):
+            if request is None:
+                continue
+            tokens = out_BM[slot, : made_B[slot]].tolist()
+            finish: Finish | None = None if going_B[slot] else "length"
+            if tokens[-1] in self._stop_ids:
+                tokens, finish = tokens[:-1], "stop"
+            until = None if ends is None else self._first_end(slot, tokens, ends)
+            if until is not None:
+                tokens, finish = tokens[:until], "text"
+                self._dropped_B[slot] = True
+            if finish is not None:
+                self._in_slot[slot] = None
+            if finish is not None or unfinished:
+                yield Completion(request.prompt, request.sample, tokens, finish)
+
+    @property
+    def _free(self) -> int:
+        return self._in_slot.count(None)
+
+    def _first_end(self, slot: int, tokens: list[int], ends: Ends) -> int | None:
+        """Return how many of a row's tokens are complete, the fewest; None: they are not."""
+        asked, self._checked[slot] = self._checked[slot], len(tokens)
+        return next((n for n in range(asked + 1, len(tokens) + 1) if ends(tokens[:n])), None)
+
+    def _read(self) -> None:
+        """Read prompts into free slots, of every shard's slots as many as it reads at once."""
+        B, R = len(self._in_slot), self._reads
+        slots_R = np.full(R, B, np.int32)
+        for shard in range(self._shards):
+            own = range(shard * B // self._shards, (shard + 1) * B // self._shards)
+            free = [slot for slot in own if self._in_slot[slot] is None]
+            for row, slot in zip(range(shard * R // self._shards, (shard + 1) * R // self._shards), free, strict=False):
+                if self._waiting:
+                    slots_R[row], self._in_slot[slot] = slot, self._waiting.pop(0)
+                    self._checked[slot], self._dropped_B[slot] = 0, False
+        requests = [None if slot == B else self._in_slot[slot] for slot in slots_R]
+        prompts = _padded(requests, slots_R)
+        place = functools.partial(_placed, mesh=self._mesh)
+        self._slots = decoding.read(
+            self._params, self._slots, decoding.Prompts(*map(place, prompts)), self._limits, self._numbers,
+            program=self._program,
+        )  # fmt: skip
 
 
-def _batches(prompts: Sequence[Sequence[int]], batch_size: int, shards: int) -> Iterator[_Batch]:
-    """Yield the prompts in batches, longest first: what does not fit in memory fails at once."""
-    rows = min(batch_size, _power_of_two(len(prompts)))
-    rows += -rows % shards
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(order), rows):
-        indices = order[start : start + rows]
-        longest = len(prompts[indices[0]])
-        tokens_BT = np.zeros((rows, max(MIN_BUCKET, _power_of_two(longest))), np.int32)
-        for row, index in enumerate(indices):
-            tokens_BT[row, : len(prompts[index])] = prompts[index]
-        lengths_B = np.zeros(rows, np.int32)
-        lengths_B[: len(indices)] = [len(prompts[index]) for index in indices]
-        yield _Batch(indices, tokens_BT, lengths_B)
+def _padded(requests: Sequence[_Request | None], slots_R: np.ndarray) -> decoding.Prompts:
+    lengths = [0 if request is None else len(request.tokens) for request in requests]
+    tokens_RT = np.zeros((len(requests), bucket(max(lengths))), np.int32)
+    seeds_R, samples_R = np.zeros(len(requests), np.uint32), np.zeros(len(requests), np.uint32)
+    for row, request in enumerate(requests):
+        if request is not None:
+            tokens_RT[row, : lengths[row]] = request.tokens
+            seeds_R[row], samples_R[row] = request.seed, request.sample
+    prompts: Any = decoding.Prompts(tokens_RT, np.array(lengths, np.int32), slots_R, seeds_R, samples_R)
+    return prompts
 
 
-class _State(NamedTuple):
-    """What the decoding loop carries: `column` of `out_BT` is written next."""
-
-    column: Int[Array, ""]
-    out_BT: Int[Array, "B T"]
-    stopped_B: Bool[Array, "B"]
-    cache: Cache
+def bucket(n: int) -> int:
+    """Return the smallest of 32, 48, 64, 96, 128, 192, ... that is at least n."""
+    whole = max(_power_of_two(n), MIN_BUCKET)
+    return whole * 3 // 4 if whole > MIN_BUCKET and n <= whole * 3 // 4 else whole
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "mesh", "pick"))
-def _continue(
-    params: PyTree[Array],
-    tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, "B"],
-    stop: Int[Array, "stop"],
-    *,
-    model: CausalLM,
-    max_new_tokens: int,
-    mesh: Mesh | None,
-    pick: Pick,
-) -> Int[Array, "B new"]:
-    """Return the continuations, whole on every device; what follows a row's stop token is noise."""
-    B, T = tokens_BT.shape
-    dtype = model.dtype(params)
-    is_stop = lambda tokens_B: jnp.any(tokens_B[:, None] == stop[None], axis=1)
-    more = lambda s: (s.column < max_new_tokens) & ~jnp.all(s.stopped_B)
-
-    with sharding.use(mesh), precision.matmuls_in(dtype):
-        # Gathered over fsdp here, once, and not for every token.
-        unembed_DV = sharding.constrain(model.unembed(params).astype(dtype), "D V")
-
-        def advance(tokens_BT: Array, start_B: Array, last_B: Array, cache: Cache) -> tuple:
-            """Read tokens at positions start, start + 1, ...; return what follows number `last`."""
-            positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-            hidden_BTD, cache = model.decode(params, tokens_BT, positions_BT, cache)
-            hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-            return pick(head.logits(hidden_BD, unembed_DV, model.vocab_size)), cache
-
-        def add_token(s: _State) -> _State:
-            previous_B1 = jax.lax.dynamic_slice_in_dim(s.out_BT, s.column - 1, 1, axis=1)
-            token_B, cache = advance(previous_B1, lengths_B + s.column - 1, zeros_B, s.cache)
-            out_BT = jax.lax.dynamic_update_slice_in_dim(s.out_BT, token_B[:, None], s.column, 1)
-            return _State(s.column + 1, out_BT, s.stopped_B | is_stop(token_B), cache)
-
-        zeros_B = jnp.zeros_like(lengths_B)
-        cache = model.empty_cache(B, T + max_new_tokens, dtype)
-        first_B, cache = advance(tokens_BT, zeros_B, jnp.maximum(lengths_B - 1, 0), cache)
-        out_BT = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(first_B)
-        state = _State(jnp.int32(1), out_BT, is_stop(first_B) | (lengths_B == 0), cache)
-        out_BT = jax.lax.while_loop(more, add_token, state).out_BT
-    if mesh is None:
-        return out_BT
-    return jax.lax.with_sharding_constraint(out_BT, NamedSharding(mesh, P()))
-
-
-def _check(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:
+def _check(
+    model: CausalLM, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *,
+    max_new_tokens: int, batch_size: int, every: int | None,
+) -> None:  # fmt: skip
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be >= 1, got {max_new_tokens} and {batch_size}")
+    if every is not None and every < 1:
+        raise ValueError(f"every must be >= 1 token, got {every}")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; each prompt needs one")
+    if any(not 0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"seeds must be 0 to 2**32 - 1, got {min(seeds)} to {max(seeds)}")
     vocab_size = model.vocabulary[0]
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
