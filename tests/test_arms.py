@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import recipes
+import tiny
 
 from wmss_jax import arms, checkpoint, curriculum, pipeline, roles, train
 from wmss_jax.config import ConfigError
@@ -217,9 +218,7 @@ def test_controls_without_a_weak_agent_may_inherit_the_joint_stages(tmp_path):
 )
 def test_what_only_the_models_tell_is_refused_before_the_sft(tmp_path, monkeypatch, control, words):
     monkeypatch.chdir(recipes.write(tmp_path))
-    small = Path("small")
-    small.mkdir()
-    (small / "config.json").write_text(json.dumps({**recipes.CONFIG, "vocab_size": 90}))
+    roles.save("small", {"strong": (tiny.model(), tiny.params(tiny.model()))}, {})
     monkeypatch.setattr(train, "train", lambda job: 1 / 0)
     with recipes.one_device(), pytest.raises(ValueError, match=words):
         recipe = recipes.load("pretrain=null", f"controls={json.dumps({'late': control})}", "eval={}")
