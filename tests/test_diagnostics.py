@@ -164,7 +164,7 @@ def test_every_k_steps_and_at_no_price_to_the_training():
     plain, plain_history, _ = run(None)
     jax.tree.map(np.testing.assert_array_equal, state, plain)
     names = {name for name in history[0] if name.startswith("diagnostics/")}
-    assert len(names) == 36
+    assert len(names) == 34
     for number, metrics in enumerate(history, 1):
         seen = {name for name in names if not np.isnan(metrics[name])}
         partial = {name for name in names if name.endswith(("_above", "_below"))}  # NaN without such tokens

@@ -95,7 +95,6 @@ def test_the_frozen_role_hears_nothing_of_it():
 def test_micro_batches_and_devices_do_not_matter():
     batch = tiny.batch(segments=True)
     state, metrics = run(LogitMix(), batch, neftune=Neftune())
-    for options in ({"micro_batches": 4}, {"mesh": wmss.make_mesh(2, 2, 2)}):
-        other, found = run(LogitMix(), batch, neftune=Neftune(), **options)
-        np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other.params, state.params)
+    other, found = run(LogitMix(), batch, neftune=Neftune(), micro_batches=2, mesh=wmss.make_mesh(1, 4, 2))
+    np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other.params, state.params)

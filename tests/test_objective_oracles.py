@@ -26,6 +26,7 @@ from wmss_jax.objectives import (
     Temperature,
     Undial,
 )
+from wmss_jax.objectives.likelihood import top_entropy
 from wmss_jax.objectives.tokens import PADDED_LOGIT
 
 N, V, REAL = 10, 48, 45  # three columns are padding
@@ -70,7 +71,7 @@ def soft_target(z, logits):
     return -(np.exp(log_softmax(logits)) * log_softmax(z)).sum(-1)
 
 
-def top_entropy(k):
+def largest_entropy(k):
     best = -np.sort(-fixed, axis=-1)[:, :k]
     return entropy(best)
 
@@ -122,8 +123,8 @@ CASES = [
     (AlphaLoss(2.0), lambda z: (1 - np.exp(-nll(z)) ** 2) / 2),
     (Asft(0.2), lambda z: P * nll(z) + 0.2 * kl(REFERENCE, log_softmax(z))),
     (Asft(0.2, "reverse"), lambda z: P * nll(z) + 0.2 * kl(log_softmax(z), REFERENCE)),
-    (Eaft(), lambda z: top_entropy(20) / np.log(20) * nll(z)),
-    (Eaft(2.0, 5), lambda z: (top_entropy(5) / np.log(5)) ** 2 * nll(z)),
+    (Eaft(), lambda z: largest_entropy(20) / np.log(20) * nll(z)),
+    (Eaft(2.0, 5), lambda z: (largest_entropy(5) / np.log(5)) ** 2 * nll(z)),
     (Gift(2.0), gift(2, 0)),
     (Gift(1.0, 0.3), gift(1, 0.3)),
 ]
@@ -185,6 +186,18 @@ def test_without_their_shift_of_the_target_they_distil_the_reference(objective):
 
 def test_dft_has_the_gradient_of_the_probability():
     np.testing.assert_allclose(measured(Dft())[1], measured(AlphaLoss(1.0))[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("k", [2, 3, 20, 60])
+def test_the_entropy_of_the_largest_logits_with_ties_signs_and_too_few(k):
+    z = np.random.default_rng(k).normal(0, 3, (50, 40)).astype(np.float32)
+    z[10:20] = np.round(z[10:20])  # ties, zeros of both signs among them
+    z[20:25] = 0.0
+    z[25:30, 5:] = -1e30
+    best = -np.sort(-z.astype(np.float64), axis=-1)[:, :k]
+    p = np.exp(log_softmax(best))
+    expected = -(p * np.where(p > 0, log_softmax(best), 0)).sum(-1)
+    np.testing.assert_allclose(jax.jit(top_entropy, static_argnums=1)(z, k), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_logit_noise_is_fresh_in_every_step_and_follows_the_token():

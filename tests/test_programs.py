@@ -25,6 +25,9 @@ VARIANTS = {
     "lora": ("lora.rank=4",),
     "lora and cached": ("lora.rank=4", "joint.weak.placement=cached"),
     "averaged": ("optimizer.ema_decay=0.9",),
+    "an average as weak agent": ("joint.weak.source={name: ema, decay: 0.9}", "joint.neftune={}"),
+    "an early exit": ("joint.weak.source={name: early_exit, layer: 1}", "joint.weak.control=shuffled_tokens"),
+    "a reference": ("joint.objective={name: asft}",),
 }
 
 

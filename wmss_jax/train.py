@@ -174,6 +174,7 @@ def step_settings(job: Job) -> dict[str, Any]:
         "models": dict(job.models), "objective": job.objective, "mesh": job.mesh,
         "micro_batches": job.loop.micro_batches, "chunk_tokens": job.loop.head_chunk_tokens,
         "z_loss": job.loop.z_loss, "diagnose_every": job.loop.diagnose_every_steps,
+        "weak_source": job.weak_source, "neftune": job.neftune,
     }  # fmt: skip
 
 

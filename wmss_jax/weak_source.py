@@ -7,7 +7,7 @@ it; the others once, when the parameters are loaded. A checkpoint needs none: it
 import dataclasses
 import zlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 from wmss_jax.models import CausalLM
 
 
+@runtime_checkable
 class Source(Protocol):
     """Makes the weak role's parameters.
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from wmss_jax.objectives.tokens import Context, PerToken, entropy, exists, in_parts, is_greedy, nll
+from wmss_jax.objectives.tokens import Context, PerToken, exists, is_greedy, nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,16 +141,33 @@ class Eaft:
         del ctx
         z_NV = logits["strong"]
         nll_N = nll(z_NV, targets_N)
-        entropy_N = entropy(_top(jax.lax.stop_gradient(z_NV), self.top_k)) / math.log(self.top_k)
+        entropy_N = top_entropy(jax.lax.stop_gradient(z_NV), self.top_k) / math.log(self.top_k)
         weight_N = jnp.clip(entropy_N, 0.0, 1.0) ** self.alpha
         return weight_N * nll_N, {"nll": nll_N, "weight": weight_N, "accuracy": is_greedy(z_NV, targets_N)}
 
 
-def _top(z_NV: Float[Array, "N V"], k: int) -> Float[Array, "N K"]:
-    """Return the `k` largest logits. First of every part of the vocabulary, so that devices trade those alone."""
-    parts = in_parts(z_NV)
-    some = jax.lax.top_k(parts, min(k, parts.shape[-1]))[0].reshape(len(z_NV), -1)
-    return jax.lax.top_k(some, min(k, some.shape[-1]))[0]
+def top_entropy(z_NV: Float[Array, "N V"], k: int) -> Float[Array, "N"]:
+    """Return the entropy in nats of the `k` largest logits' softmax.
+
+    The k-th largest is found bit by bit, by counting: sorting would gather a vocabulary that is split over devices.
+    """
+    bits_NV = jax.lax.bitcast_convert_type(z_NV, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order_NV = jnp.where(bits_NV < sign, bits_NV | sign, ~bits_NV)  # unsigned numbers in the logits' order
+
+    def next_bit(i: Int[Array, ""], least_N: Array) -> Array:
+        tried_N = least_N | (sign >> i.astype(jnp.uint32))
+        enough_N = jnp.sum(order_NV >= tried_N[:, None], axis=-1) >= k
+        return jnp.where(enough_N, tried_N, least_N)
+
+    least_N1 = jax.lax.fori_loop(0, 32, next_bit, jnp.zeros(len(z_NV), jnp.uint32))[:, None]
+    above_NV, equal_NV = order_NV > least_N1, order_NV == least_N1
+    places_N1 = k - jnp.sum(above_NV, axis=-1, keepdims=True)  # that equal ones share
+    share_N1 = places_N1.astype(jnp.float32) / jnp.maximum(jnp.sum(equal_NV, axis=-1, keepdims=True), 1)
+    x_NV = z_NV - jnp.max(z_NV, axis=-1, keepdims=True)
+    e_NV = jnp.exp(x_NV) * jnp.where(above_NV, 1.0, jnp.where(equal_NV, jnp.minimum(share_N1, 1.0), 0.0))
+    total_N = jnp.sum(e_NV, axis=-1)
+    return jnp.log(total_N) - jnp.sum(e_NV * x_NV, axis=-1) / total_N
 
 
 def _check(name: str, value: float, below: float = math.inf) -> None:
