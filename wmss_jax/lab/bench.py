@@ -21,24 +21,13 @@ from jaxtyping import Array, PyTree
 from wmss_jax import config, data, objectives, optim, pipeline, scoring, selection, sharding, step, train
 from wmss_jax.config import RunConfig
 from wmss_jax.evals.tasks import Tasks, answers, read_tasks
+from wmss_jax.lab.results import Figures, Measured
 from wmss_jax.lab.study import Study
 from wmss_jax.models import CausalLM
 from wmss_jax.runs import Run, prepare
 from wmss_jax.stages import ModelRef
 
-Figures = dict[str, dict[str, float]]  # {split: {metric: value}}
 KEPT_BATCHES_BYTES = 2**28
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What is left of a run: its figures, and the optimizer steps of its joint stage.
-
-    Among the figures are those of "run", what it took: seconds, and cpu_seconds of all its threads.
-    """
-
-    figures: Figures
-    steps: int
 
 
 class _Clock:

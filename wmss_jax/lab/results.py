@@ -9,7 +9,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+Figures = dict[str, dict[str, float]]  # {split: {metric: value}}
 _META = b"wmss_lab"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What is left of a run: its figures, and the optimizer steps of its joint stage.
+
+    Among the figures are those of "run", what it took: seconds, and cpu_seconds of all its threads.
+    """
+
+    figures: Figures
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)

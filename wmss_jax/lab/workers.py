@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from wmss_jax.lab.study import Study
 
-
 LOG = "workers.log"  # in the study's work_dir
 
 
@@ -40,7 +39,7 @@ class Failure(NamedTuple):
     trace: str = ""
 
 
-Told = Callable[[Run, Any], None]  # a run, and its {"M0"|"M1"|arm: bench.Measured} or Failure
+Told = Callable[[Run, Any], None]  # a run, and its {"M0"|"M1"|arm: results.Measured} or Failure
 
 
 def carry_out(study: Study, runs: Sequence[Run], count: int, tell: Told) -> None:
