@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from wmss_jax import config, data, objectives, optim, pipeline, scoring, selection, sharding, step, train
+from wmss_jax import arms, data, optim, pipeline, scoring, selection, sharding, step, train
 from wmss_jax.config import RunConfig
 from wmss_jax.evals.tasks import Tasks, answers, read_tasks
 from wmss_jax.lab.results import Figures, Measured
@@ -102,16 +102,17 @@ class Bench:
             recipe = recipe.model_copy(update={"joint": recipe.joint.model_copy(update={"steps": steps})})
         probs, share = self._draws(recipe, of.scores)
         run = dataclasses.replace(of.run, recipe=recipe)
-        spec = recipe.joint.objective.model_dump()
-        objective = config.build(objectives.OBJECTIVES, spec, f"arms.{name}.joint.objective")
-        return pipeline.arm(run, 1, "joint", objective, of.weak, of.strong, probs).job, share
+        drawn = {} if probs is None else {"joint": probs}
+        return pipeline.arm(run, 1, "joint", arms.objective(recipe, "joint"), of.weak, of.strong, drawn).job, share
 
     def _draws(self, recipe: RunConfig, scores: Mapping[str, scoring.Scores]) -> tuple[np.ndarray | None, float | None]:
         if not recipe.joint.resample:
             return None, None
-        probs, report = selection.probabilities(recipe.curriculum, scores)
-        if report["effective_share"] < recipe.curriculum.min_effective_share:
-            raise ValueError(selection.collapse(recipe.curriculum, report, len(probs)))
+        c = recipe.joint.curriculum or recipe.curriculum
+        n = len(scores["strong"].entropy)
+        probs, report = selection.probabilities(c, {} if c.control == "uniform" else scores, n, recipe.seed)
+        if report["effective_share"] < c.min_effective_share:
+            raise ValueError(selection.collapse(c, report, n))
         return probs, report["effective_share"]
 
     def _figures(self, of: _Seed, model: CausalLM, params: PyTree[Array]) -> Figures:
@@ -173,7 +174,7 @@ class Trainer:
         optimizer = job.optimizer.model_copy(update={"peak_lr": 1.0})
         key = shape, optimizer, tuple((name, _hashable(value)) for name, value in settings.items())
         if key not in self._programs:
-            tx = optim.make_for_any_rate(optimizer, job.plan.total_steps)
+            tx = train.with_averages(job, optim.make_for_any_rate(optimizer, job.plan.total_steps))
 
             def one_step(state: Any, frozen: Any, batch: Any, seed: Array) -> tuple:
                 return step.train_step(state, frozen, batch, tx=tx, seed=seed, **settings)

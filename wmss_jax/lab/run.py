@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from wmss_jax import config, objectives, preemption
+from wmss_jax import arms, config, preemption
 from wmss_jax.lab import results, table, workers
 from wmss_jax.lab.results import Row
 from wmss_jax.lab.study import Study, digest, versions
@@ -49,8 +49,7 @@ def main(study: Study, count: int | None = None, say: Callable[[str], None] = pr
 
 def carry_out(study: Study, count: int, say: Callable[[str], None]) -> tuple[list[Row], dict[Run, Failure]]:
     """Return the rows of all runs, from earlier calls or made now, and the runs that failed."""
-    for name, recipe in study.arms.items():
-        config.build(objectives.OBJECTIVES, recipe.joint.objective.model_dump(), f"arms.{name}.joint.objective")
+    _check_objectives(study)
     files = dict(_files(study))
     wanted: dict[Path, Run] = {}
     for run, file in files.items():
@@ -89,6 +88,18 @@ def carry_out(study: Study, count: int, say: Callable[[str], None]) -> tuple[lis
         }
         results.write(Path(study.config.work_dir) / f"{study.name}.parquet", rows, meta)
     return rows, failed
+
+
+def _check_objectives(study: Study) -> None:
+    """Raise ConfigError where an arm's objective is none, or does not go together with its other settings."""
+    mistakes = []
+    for name, recipe in study.arms.items():
+        try:
+            arms.objective(recipe, "joint")
+        except config.ConfigError as error:
+            mistakes += [f"arms.{name}: {line}" for line in str(error).splitlines()]
+    if mistakes:
+        raise config.ConfigError("\n".join(mistakes))
 
 
 def _files(study: Study) -> Iterator[tuple[Run, Path]]:

@@ -192,9 +192,19 @@ def load(source: str | PathLike[str] | Mapping[str, Any], overrides: Sequence[st
             mistakes.append(str(error))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    study = Study(name, found, base, arms)
+    study = Study(name, found, _keeping_steps(base, arms), arms)
     _check(study, where)
     return study
+
+
+def _keeping_steps(base: RunConfig, arms: Mapping[str, RunConfig]) -> RunConfig:
+    """Return the base with controls for the arms whose weak agent is a step of the SFT, which then keeps that step."""
+    joints = [arm.joint for arm in arms.values() if arm.joint.weak.source.step is not None]
+    kept = {
+        f"sft_step_{joint.weak.source.step}": config.ControlConfig(objective=joint.objective, weak=joint.weak)
+        for joint in joints
+    }
+    return base.model_copy(update={"controls": kept})
 
 
 def _recipe(data: Mapping[str, Any], where: str) -> RunConfig:
@@ -211,6 +221,8 @@ def _arm(data: Mapping[str, Any], arm: ArmConfig, where: str) -> RunConfig:
     recipe = _recipe(merged(data, {name: change for name, change in changes.items() if change}), where)
     if recipe.joint.optimizer is not None and arm.optimizer:
         raise ConfigError(f"{where}.optimizer: joint.optimizer replaces it as a whole; change that one")
+    if recipe.joint.curriculum is not None and arm.curriculum:
+        raise ConfigError(f"{where}.curriculum: joint.curriculum replaces it as a whole; change that one")
     return recipe
 
 
