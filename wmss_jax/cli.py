@@ -171,6 +171,22 @@ def demo(work_dir: Annotated[Path, typer.Argument(help="Where it writes.")] = Pa
     raise typer.Exit(demo.main(work_dir))
 
 
+@app.command()
+def lab(
+    study: Annotated[Path, typer.Argument(help="Study, a YAML file (see configs/lab).")],
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
+) -> None:
+    """Compare arms over paired seeds at equal steps, each at its best learning rate, with intervals.
+
+    Exit code 1 if a run failed. The same command goes on where it was stopped.
+    """
+    from wmss_jax.lab import run
+    from wmss_jax.lab import study as studies
+
+    raise typer.Exit(run.main(studies.load(study, overrides or ()), workers, say=typer.echo))
+
+
 @convert_app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="Hugging Face directory or hub id.")],

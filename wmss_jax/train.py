@@ -101,8 +101,7 @@ def train(job: Job) -> Path:
 def _train(job: Job, watchdog: Watchdog) -> Path:
     total = job.plan.total_steps
     tx, schedule = optim.make(job.optimizer, total)
-    if isinstance(job.weak_source, Ema):
-        tx = optim.with_weak_average(tx, job.weak_source.decay)
+    tx = with_averages(job, tx)
     state = _first_state(job, tx)
     start = int(state.step)
     if start == total:
@@ -176,6 +175,12 @@ def step_settings(job: Job) -> dict[str, Any]:
         "z_loss": job.loop.z_loss, "diagnose_every": job.loop.diagnose_every_steps,
         "weak_source": job.weak_source, "neftune": job.neftune,
     }  # fmt: skip
+
+
+def with_averages(job: Job, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return the optimizer with what the weak agent has in its state: if it is one, an average of the strong."""
+    source = job.weak_source
+    return optim.with_weak_average(tx, source.decay) if isinstance(source, Ema) else tx
 
 
 def _first_state(job: Job, tx: optax.GradientTransformation) -> step.TrainState:

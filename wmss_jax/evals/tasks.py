@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Array, PyTree
+
 from wmss_jax import config, encoding, examples, processes
 from wmss_jax.evals.graders import GRADERS
-from wmss_jax.evals.run import Item, evaluate
+from wmss_jax.evals.run import Item, Result, evaluate
+from wmss_jax.models import CausalLM
 from wmss_jax.runs import Run
 from wmss_jax.stages import ModelRef
 
@@ -29,14 +32,9 @@ def evaluate_all(run: Run, refs: Mapping[str, ModelRef], tasks: Tasks) -> dict[s
 def _answered(run: Run, name: str, ref: ModelRef, tasks: Tasks) -> dict[str, Any]:
     """Return one model's figures on every task; its answers are written to eval/."""
     load = functools.cache(lambda: ref.load(run.mesh))  # once, and only if a task is not answered yet
-    stop_ids = {encoding.stop_token(run.tokenizer, chat_template=run.recipe.dataset.chat_template)}
 
     def answer(task: config.TaskConfig, items: list[Item], path: Path) -> dict[str, Any]:
-        model, params = load()
-        result = evaluate(
-            model, params, run.tokenizer, items, GRADERS[task.grader], max_new_tokens=task.max_new_tokens,
-            stop_ids=stop_ids, mesh=run.mesh, batch_size=task.batch_size,
-        )  # fmt: skip
+        result = answers(run, *load(), task, items)
         if processes.first():
             path.parent.mkdir(parents=True, exist_ok=True)
             result.write_jsonl(path)
@@ -52,6 +50,15 @@ def _answered(run: Run, name: str, ref: ModelRef, tasks: Tasks) -> dict[str, Any
         work = functools.partial(answer, task, items, run.work / "eval" / f"{name}-{task_name}.jsonl")
         figures[task_name] = run.stage(f"eval-{name}-{task_name}", inputs, work)
     return figures
+
+
+def answers(run: Run, model: CausalLM, params: PyTree[Array], task: config.TaskConfig, items: list[Item]) -> Result:
+    """Return a model's graded answers to a task's questions."""
+    stop_ids = {encoding.stop_token(run.tokenizer, chat_template=run.recipe.dataset.chat_template)}
+    return evaluate(
+        model, params, run.tokenizer, items, GRADERS[task.grader], max_new_tokens=task.max_new_tokens,
+        stop_ids=stop_ids, mesh=run.mesh, batch_size=task.batch_size,
+    )  # fmt: skip
 
 
 def _items(run: Run, task: config.TaskConfig) -> list[Item]:

@@ -1,0 +1,1 @@
+"""`wmss lab`: arms × learning rates × paired seeds, at equal steps, with intervals."""
