@@ -2,9 +2,11 @@
 
 import importlib.util
 
+import jax.experimental.topologies
+import numpy as np
 import pytest
 
-from wmss_jax import attention, hardware, topologies
+from wmss_jax import attention, hardware, sharding, topologies
 
 KNOWN = "v5e:8x8, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, a100-80:1x1x8, h100:1x1x8, h200:1x1x8, b200:1x1x8"
 
@@ -86,3 +88,25 @@ def test_a_slice_that_does_not_exist():
     pytest.importorskip("libtpu")
     with pytest.raises(ValueError, match=r"^--topology: there is no slice v5e:3x5: .*not divisible by"):
         topologies.devices("v5e:3x5")
+
+
+@pytest.mark.parametrize(
+    "kind, sizes, axis",
+    [
+        ("tpu", (2, 16, 4), 0), ("tpu", (1, 32, 4), 1), ("tpu", (4, 16, 2), 0),
+        ("gpu", (2, 4, 1), 0), ("gpu", (1, 8, 1), 1), ("gpu", (1, 1, 8), 2),
+    ],
+)  # fmt: skip
+def test_a_mesh_over_two_slices_splits_them_off_from_its_outermost_axis(kind, sizes, axis):
+    if kind == "gpu":
+        pytest.importorskip("jax_plugins.xla_cuda13")
+        devices = topologies.devices("h200:2x1x4")
+    else:
+        pytest.importorskip("libtpu")
+        topologies.devices("v5p:4x4x4")  # prepares the environment
+        found = jax.experimental.topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4", num_slices=2)
+        devices = found.devices
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    number = "slice_index" if kind == "tpu" else "process_index"  # GPUs that are not there know no slices
+    slices = np.vectorize(lambda device: getattr(device, number))(mesh.devices)
+    assert [np.unique(half).tolist() for half in np.split(slices, 2, axis)] == [[0], [1]]

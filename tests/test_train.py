@@ -209,8 +209,9 @@ def test_a_damaged_checkpoint_is_gone_on_from_only_by_an_older_one_and_only_when
     with monkeypatch.context() as patch, pytest.raises(checkpoint.CheckpointDamaged, match=expected):
         patch.setattr(train.step, "make_train_step", None)
         train.train(job)
-    asked = job.loop.model_copy(update={"resume_from": "newest_intact"})
+    asked = job.loop.model_copy(update={"resume_from": "newest_intact", "keep_last": 1, "keep_every_steps": 2})
     assert train.train(dataclasses.replace(job, loop=asked)) == last
+    assert checkpoint.steps(last.parent) == [2, 4, TOTAL]
     checkpoint.verify(last)
     kills.assert_same_state(last, path)
 

@@ -279,8 +279,9 @@ def _finish(orbax: ocp.AsyncCheckpointer, partial: Path, final: Path) -> None:
             durable.sync(final.parent)
             shutil.rmtree(replaced, ignore_errors=True)
     except Exception as error:  # TensorStore's are ValueErrors, whatever the disk said
+        free_gb = shutil.disk_usage(final.parent).free / 1e9
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{final}: the checkpoint could not be written: {error}") from error
+        raise OSError(f"{final}: the checkpoint could not be written, {free_gb:.3g} GB free: {error}") from error
 
 
 @contextlib.contextmanager
