@@ -127,8 +127,10 @@ def test_objectives_get_the_models_that_they_name(job):
         "self": SelfDistill(), "undial": Undial(), "undial_base": Undial(), "teacher": Distill(), "noisy": Sft(),
     }  # fmt: skip
     assert made["constant"].frozen() == {} and made["noisy"].frozen() == {}
-    # The weak agent of these is the joint stage's: its average.
-    assert made["tail"].weak_source == made["self"].weak_source == Ema(0.5)
+    # Without a weak section of its own a control has the joint stage's, an average; with one, all of that section.
+    assert made["self"].weak_source == Ema(0.5) and made["self"].frozen() == {}
+    assert made["tail"].weak_source is None
+    assert_equal(made["tail"].frozen()["weak"], strong("pretrain", 4))
     assert_equal(made["undial"].frozen()["reference"], strong("sft", 6))
     assert_equal(made["undial_base"].frozen()["reference"], strong("pretrain", 4))
     assert_equal(made["teacher"].frozen()["teacher"], strong("sft", 6))
