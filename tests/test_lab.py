@@ -450,7 +450,8 @@ def test_the_studies_that_share_a_directory_share_their_base(monkeypatch):
     monkeypatch.chdir(STUDIES[0].parent.parent.parent)
     by_directory = {}
     for found in map(study.load, STUDIES):
-        by_directory.setdefault(found.config.work_dir, []).append((found.base, found.config.problems))
+        base = found.base.model_copy(update={"controls": {}})  # which are nothing but steps to keep
+        by_directory.setdefault(found.config.work_dir, []).append((base, found.config.problems))
     assert any(len(bases) > 1 for bases in by_directory.values())
     assert all(base == bases[0] for bases in by_directory.values() for base in bases)
 
