@@ -1,6 +1,7 @@
 """Studies: what may differ, what is compiled, which rate is chosen, what a table says. Run: pytest tests/test_lab.py"""
 
 import dataclasses
+import itertools
 import json
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from benchmarks import evidence
 from wmss_jax import intervals, pipeline, roles
 from wmss_jax.config import ConfigError
-from wmss_jax.lab import bench, problems, results, study, table, workers
+from wmss_jax.lab import bench, problems, results, run, study, table, workers
 from wmss_jax.lab.results import Row
 from wmss_jax.lab.workers import Run
 
@@ -425,3 +426,37 @@ def test_missing_evidence_is_told_and_no_success(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evidence, "ROWS", tmp_path / "docs/evidence")
     assert evidence.main(["check"]) == 1
     assert "docs/evidence/arithmetic.parquet is missing" in capsys.readouterr().err
+
+
+# -- configs/lab ------------------------------------------------------------------------------------------------------
+
+STUDIES = sorted((Path(__file__).parent.parent / "configs/lab").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_loads_and_opens_with_what_to_expect(path, monkeypatch):
+    monkeypatch.chdir(path.parent.parent.parent)
+    found = study.load(path)
+    run._check_objectives(found)
+    assert Path(found.base.model.config).exists() and found.tests
+    opening = list(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
+    for word in ("command:", "hardware:", "time:", "result:"):
+        (line,) = [line for line in opening if line.startswith(f"# {word}")]
+        assert len(line.removeprefix(f"# {word}").strip()) > 5
+    assert any(f"configs/lab/{path.name}" in line for line in opening if line.startswith("# command:"))
+
+
+def test_the_studies_that_share_a_directory_share_their_base(monkeypatch):
+    monkeypatch.chdir(STUDIES[0].parent.parent.parent)
+    by_directory = {}
+    for found in map(study.load, STUDIES):
+        base = found.base.model_copy(update={"controls": {}})  # which are nothing but steps to keep
+        by_directory.setdefault(found.config.work_dir, []).append((base, found.config.problems))
+    assert any(len(bases) > 1 for bases in by_directory.values())
+    assert all(base == bases[0] for bases in by_directory.values() for base in bases)
+
+
+def test_an_sft_step_as_weak_agent_is_kept_by_the_sft():
+    arm = "arms.early={joint: {weak: {source: {name: sft_step, step: 3}}}}"
+    (kept,) = changed(arm).base.controls.values()
+    assert kept.weak.source.step == 3 and changed().base.controls == {}

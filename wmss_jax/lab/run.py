@@ -125,7 +125,7 @@ def _files(study: Study) -> Iterator[tuple[Run, Path]]:
 def _identity(study: Study, arm: str | None) -> str:
     """Return the digest of an arm's recipe, or of the base's, without where it is carried out."""
     recipe = study.base if arm is None else study.arms[arm]
-    return config.digest(recipe.model_copy(update={"work_dir": "."}))
+    return config.digest(recipe.model_copy(update={"work_dir": ".", "controls": {}}))
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ another core than from a second core of its own. The runs of one seed go to one 
 what they have in common. Where jax finds an accelerator there is one process, since it takes all of that.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -81,8 +82,6 @@ class _Queue:
 
     def __init__(self, runs: Sequence[Run]):
         self.left = list(runs)
-        self._starting: set[int] = set()
-        self._failed: set[int] = set()
         self._to_start = {run.seed for run in runs if run.arm is None}
 
     def next(self, seed: int | None) -> Run | None:
@@ -124,7 +123,8 @@ class _Worker:
         """Give it a run, if it waits for one."""
         if self._ready and self.run is None and (run := queue.next(self._seed)) is not None:
             self.run, self._seed = run, run.seed
-            self.pipe.send(run)
+            with contextlib.suppress(OSError):  # that it is no more is heard when it is asked
+                self.pipe.send(run)
 
     def take(self) -> str | tuple[Run, Any]:
         """Return what it says: its device's platform once, then a run with its result."""
@@ -135,7 +135,7 @@ class _Worker:
             self._process.join()
             code = self._process.exitcode
             if self.run is None:
-                raise RuntimeError(f"an idle process of the lab ended with exit code {code}") from error
+                raise RuntimeError(f"an idle process of the lab ended with exit code {code}; see {LOG}") from error
             said = Failure(f"its process ended with exit code {code} (killed, or out of memory? see {LOG})")
         if not self._ready:
             self._ready = True
