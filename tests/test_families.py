@@ -203,6 +203,7 @@ def test_a_published_multimodal_config_leaves_most_to_its_family():
         ("qwen3_moe/normed", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not implemented for qwen3_moe"),
         ("qwen3_moe/normed", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not implemented for qwen3_moe"),
         ("smollm3/nope", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 5 layers"),
+        ("olmo2/untied", {"clip_qkv": 8.0}, "clip_qkv=8.0: olmo2 here knows no such feature"),
         ("gemma3/multimodal", {"text_config": None}, "text_config: model_type 'gemma3' needs one of type"),
     ],
 )

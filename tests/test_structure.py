@@ -25,7 +25,7 @@ LAYERS = [
     ["models.lora", "models.hf_config", "models.architecture"],
     ["models.layers"],
     ["models.decoder"],
-    ["models.gemma2", "models.gemma3", "models.llama", "models.phi3"],
+    ["models.gemma2", "models.gemma3", "models.llama", "models.olmo2", "models.phi3"],
     ["models.mistral", "models.qwen2", "models.qwen3", "models.qwen3_moe", "models.smollm3"],
     ["models"],
     ["flops", "decoding", "weak_source", "neftune"],

@@ -79,6 +79,7 @@ CASES = {
         {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1, 2, 3, 5, 8, 12]},
     ),
     "phi3/window": ("Phi3", {"sliding_window": 8, "tie_word_embeddings": True}, {}),
+    "olmo2/untied": ("Olmo2", {}, {}),
     "smollm3/nope": (
         "SmolLM3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2, "intermediate_size": 24}, {},
     ),
