@@ -178,3 +178,21 @@ def test_a_backend_that_cannot_run_there_is_refused(on, wanted, said):
     with pytest.raises(ValueError) as error:
         attention.backend_on(on, wanted)
     assert said in str(error.value)
+
+
+def test_a_window_that_differs_by_layer_is_the_chosen_one(rng):
+    segments_BT = segments_of(9, 20, T=32)
+    q, k, v, _ = inputs(rng, segments_BT)
+    positions_BT = positions_of(segments_BT)
+    windows = (None, 4, 7)
+
+    @jax.jit
+    def run(index):
+        window = attention.OneOf(windows, index)
+        out = attention.attention(q, k, v, segments_BT, positions_BT, scale=0.25, window=window)
+        return out, attention.first_keys(segments_BT, window.chosen())  # of which Triton makes its mask
+
+    for index, window in enumerate(windows):
+        out, first_BT = run(index)
+        np.testing.assert_allclose(out, dense(q, k, v, segments_BT, 0.25, window), atol=TOLERANCE)
+        np.testing.assert_array_equal(first_BT, attention.first_keys(segments_BT, window))

@@ -7,10 +7,11 @@ They are counted here, not by XLA: `cost_analysis` counts the body of a scan ove
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from wmss_jax.models import CausalLM
+from wmss_jax.models.table import Row
 
 
 class Cost(NamedTuple):
@@ -38,10 +39,15 @@ def forward(model: CausalLM, seq_len: int) -> Cost:
     # Norms, scales and biases are vectors in the checkpoint, whatever their shape here.
     matrices = [row for row in model.rows if row.path.startswith("layers.") and len(row.their_shape(sizes)) > 1]
     return Cost(
-        body=2 * sum(math.prod(row.our_shape(sizes)) for row in matrices),
+        body=2 * sum(math.prod(row.our_shape(sizes)) * _used(row, sizes) for row in matrices),
         attention=4 * sizes["L"] * sizes["N"] * sizes["H"] * seq_len,
         head=2 * sizes["D"] * sizes["V"],
     )
+
+
+def _used(row: Row, sizes: Mapping[str, int]) -> float:
+    """Return which share of a parameter one token meets: of experts, A of E."""
+    return sizes["A"] / sizes["E"] if "E" in row.stacks else 1
 
 
 Use = Literal["trained", "adapted", "resident", "cached"]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from wmss_jax import durable, processes, streaming, tensorfile
-from wmss_jax.models import ARCHS, CausalLM, hf_config
+from wmss_jax.models import ARCHS, CausalLM, multimodal
 from wmss_jax.models.table import Row
 
 # Everything besides weights and config that makes a directory usable: tokenizer, chat template, generation settings.
@@ -55,19 +56,21 @@ def load(
     if "num_sub_models" in hf:
         raise ValueError(f"{directory}: holds two branches; `wmss convert import` splits them into roles")
     model = from_config(hf, compute_dtype=compute_dtype, remat=remat, vocab_size=vocab_size)
-    return _read(model, directory, tensorfile.tensors(directory), mesh, dtype)
+    return _read(model, directory, tensors_in(directory, hf), mesh, dtype)
 
 
 def model_of(path_or_hub_id: str | os.PathLike, **settings: Any) -> CausalLM:
     """Return the model that `load` returns, without reading any parameters; `settings` are fields of `CausalLM`."""
     directory = resolve(path_or_hub_id)
-    return _with_file_dtypes(from_config(read_config(directory), **settings), tensorfile.tensors(directory))
+    hf = read_config(directory)
+    return _with_file_dtypes(from_config(hf, **settings), tensors_in(directory, hf))
 
 
 def load_head(path_or_hub_id: str | os.PathLike, mesh: Mesh | None = None) -> PyTree[Array]:
     """Return the parameters that `CausalLM.unembed` needs, in the file's dtype; nothing else is read."""
     directory = resolve(path_or_hub_id)
-    model, tensors = from_config(read_config(directory)), tensorfile.tensors(directory)
+    hf = read_config(directory)
+    model, tensors = from_config(hf), tensors_in(directory, hf)
     _check_names_and_shapes(model, directory, tensors)
     row = model.head_row
     dtype = jnp.dtype(dict(_with_file_dtypes(model, tensors).file_dtypes)[row.path])
@@ -182,10 +185,25 @@ def from_config(hf: Mapping[str, Any], **settings: Any) -> CausalLM:
     Raises:
         ValueError: the family, or something its config asks for, is not implemented.
     """
+    hf = multimodal.text_config(hf)
     arch = hf.get("model_type")
     if arch not in ARCHS:
-        raise ValueError(f"config.json: model_type {arch!r} is not implemented; implemented: {', '.join(ARCHS)}")
+        known = ", ".join([*ARCHS, *multimodal.TEXT_PARTS])
+        raise ValueError(f"config.json: model_type {arch!r} is not implemented; implemented: {known}")
     return CausalLM(arch, ARCHS[arch].from_hf(dict(hf)), **settings)
+
+
+def tensors_in(directory: Path, hf: Mapping[str, Any]) -> dict[str, tensorfile.Tensor]:
+    """Return the tensors of a model directory by their names in a text model; other parts' are left out, with a note.
+
+    Args:
+        hf: its config.json.
+    """
+    tensors, others = multimodal.text_tensors(hf.get("model_type", ""), tensorfile.tensors(directory))
+    if others:
+        parts = ", ".join(sorted({name.removeprefix("model.").partition(".")[0] for name in others}))
+        logging.getLogger(__name__).warning("%s: %d tensors of %s are left out", directory, len(others), parts)
+    return tensors
 
 
 def carry(source: Path, directory: Path) -> None:
@@ -274,10 +292,17 @@ def _check_names_and_shapes(model: CausalLM, directory: Path, tensors: dict[str,
 def _their_tensors(model: CausalLM, params: PyTree, dtypes: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
     sizes = model.config.sizes
     for row in model.rows:
-        leaf = leaf_of(params, row)
-        for layer, name in enumerate(row.names(sizes)):
-            array = processes.whole(leaf[layer] if row.stacked else leaf)
-            yield name, row.to_theirs(array, sizes).astype(jnp.dtype(dtypes[row.path]))
+        for name, array in tensors_of(row, leaf_of(params, row), sizes):
+            yield name, array.astype(jnp.dtype(dtypes[row.path]))
+
+
+def tensors_of(row: Row, leaf: Array, sizes: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the Hugging Face tensors that make up a parameter; no more than a layer of it is gathered at once."""
+    layer, array = None, None
+    for index, name in zip(row.indices(sizes), row.names(sizes), strict=True):
+        if array is None or index[:1] != layer:
+            layer, array = index[:1], processes.whole(leaf[index[0]] if index else leaf)
+        yield name, row.to_theirs(array[index[1:]], sizes)
 
 
 def leaf_of(params: PyTree, row: Row) -> Array:
@@ -291,9 +316,9 @@ def _merged_config(model: CausalLM, dtype: str, source: Path | None) -> dict[str
     """Return our config over what the source's config.json says besides, in a form transformers 4 and 5 both read."""
     base = read_config(source) if source is not None and (source / "config.json").exists() else {}
     base = {key: value for key, value in base.items() if key not in _BRANCH_KEYS}
+    base = multimodal.text_config(base)
     if base.get("model_type") != model.arch:
         base = {}
     ours = ARCHS[model.arch].to_hf(model.config)
-    # transformers 4 ignores `rope_parameters`, 5 prefers it; 4 before .56 reads `torch_dtype`, later ones `dtype`.
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": hf_config.rope_theta(ours)}}
-    return {**base, **ours, **rope, "dtype": dtype, "torch_dtype": dtype}
+    # transformers 4 before .56 reads `torch_dtype`, later ones `dtype`.
+    return {**base, **ours, "dtype": dtype, "torch_dtype": dtype}

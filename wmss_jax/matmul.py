@@ -47,3 +47,29 @@ def _backward(equation: str, saved: tuple[Array, Array], dy: Array) -> tuple[Arr
 
 
 project.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def grouped(x_MD: Array, w_EDF: Array, sizes_E: Array) -> Array:
+    """Return [M, F]: the first sizes[0] rows of x times w[0], the next sizes[1] times w[1], and so on.
+
+    In x's dtype; the gradient of w as in `project`.
+    """
+    return jax.lax.ragged_dot(x_MD, w_EDF.astype(x_MD.dtype), sizes_E)
+
+
+def _grouped_forward(x_MD: Array, w_EDF: Array, sizes_E: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return grouped(x_MD, w_EDF, sizes_E), (x_MD, w_EDF, sizes_E)
+
+
+def _grouped_backward(saved: tuple[Array, Array, Array], dy_MF: Array) -> tuple[Array, Array, None]:
+    x_MD, w_EDF, sizes_E = saved
+    dx_MD = jax.lax.ragged_dot(dy_MF, jnp.swapaxes(w_EDF, 1, 2).astype(dy_MF.dtype), sizes_E)
+    over_rows = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    dw_EDF = jax.lax.ragged_dot_general(x_MD, dy_MF, sizes_E, over_rows, preferred_element_type=w_EDF.dtype)
+    return dx_MD, dw_EDF.astype(w_EDF.dtype), None
+
+
+grouped.defvjp(_grouped_forward, _grouped_backward)

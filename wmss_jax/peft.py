@@ -32,9 +32,7 @@ def save(
     assert model.lora is not None
     tensors = {}
     for row in model.rows:
-        leaf = hf.leaf_of(adapter, row)
-        for layer, name in enumerate(row.names(model.sizes)):
-            tensors[name] = row.to_theirs(processes.whole(leaf[layer]), model.sizes)
+        tensors |= hf.tensors_of(row, hf.leaf_of(adapter, row), model.sizes)
     if not processes.first():
         return
     settings = {

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from wmss_jax import config, plan, programs
-from wmss_jax.models import layers
+from wmss_jax.models import decoder
 
 MOST_TENSOR = 8  # beyond it a layer's products are too thin, and GPUs have no faster link than that many share
 MOST_ROWS = 16  # a group of devices; more changes little but the memory
@@ -33,7 +33,7 @@ def search(
     """
     found, refusals = [], []
     for mesh in _meshes(len(devices)):
-        rows, policies = 1, list(layers.REMAT_POLICIES) if name != "score" else ["full"]
+        rows, policies = 1, list(decoder.REMAT_POLICIES) if name != "score" else ["full"]
         while policies and rows <= MOST_ROWS:
             tried = _varied(recipe, mesh, policies[0], rows)
             try:

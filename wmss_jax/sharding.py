@@ -21,16 +21,20 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # a batch is split over both; parameters over fsdp only
 
 # FSDP splits the model width of every matrix; tensor parallelism splits heads, MLP width and vocabulary.
-PARAM_AXES = {"L": None, "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "V": "tensor", "R": None}
+PARAM_AXES = {
+    "L": None, "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "V": "tensor", "R": None,
+    "E": None, "J": "tensor", "C": None,
+}  # fmt: skip
 # Activations split their batch over the devices that share a batch; the width stays whole.
 ACTIVATION_AXES = {
     "B": BATCH_AXES, "T": None, "D": None, "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "V": "tensor",
-    "L": None, "S": None,
+    "L": None, "S": None, "E": None, "R": None,
 }  # fmt: skip
 
 LETTER_NAMES = {
     "D": "the model width", "N": "the number of heads", "K": "the number of kv heads", "F": "the MLP width",
     "V": "the vocabulary", "H": "the head size", "L": "the number of layers", "R": "the rank",
+    "E": "the number of experts", "J": "the number of query, key and value heads", "C": "the parts of a matrix",
 }  # fmt: skip
 
 

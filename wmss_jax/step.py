@@ -276,13 +276,18 @@ def _weighted_loss(
     by_role = {role: _model(models, role) for role in objective.roles}
     whole = {role: _whole(model, role, {**frozen, **params}) for role, model in by_role.items()}
 
+    measured: Metrics = {}
+    share = jnp.sum(batch["loss_weights"])  # of all micro-batches; their metrics are added up
+
     def hidden(role: str, tokens_BT: Array) -> Array:
         hidden_BTD = batch.get(f"{role}_hidden")
         if hidden_BTD is None:
             tokens_BT = batch.get(f"{role}_tokens", tokens_BT)
             seen = [batch.get(f"{role}_{name}", batch[name]) for name in ("positions", "segments")]
             with _noise(neftune, by_role[role], batch, step, seed) if role in params else contextlib.nullcontext():
-                hidden_BTD = by_role[role].hidden(whole[role], tokens_BT, *seen)
+                hidden_BTD, metrics = by_role[role].hidden_and_metrics(whole[role], tokens_BT, *seen)
+            if role in params:
+                measured.update({f"{name}/{role}": share * value for name, value in metrics.items()})
         else:
             hidden_BTD = hidden_BTD.astype(by_role[role].dtype(whole[role]))
         moved = batch.get(f"{role}_from")
@@ -294,7 +299,7 @@ def _weighted_loss(
     # Frozen roles first: while they run nothing is kept for a backward pass yet, and of them only this is kept then.
     tokens_BT, hiddens = jax.lax.optimization_barrier((tokens_BT, hiddens))
     hiddens |= {role: hidden(role, tokens_BT) for role in objective.roles if role in params}
-    return head.loss(
+    value, metrics = head.loss(
         objective,
         {role: model.unembed(whole[role]) for role, model in by_role.items()},
         {role: hiddens[role] for role in objective.roles},
@@ -305,6 +310,7 @@ def _weighted_loss(
         seed=seed,
         settings=_of_models(settings, by_role),
     )
+    return value, {**metrics, **measured}
 
 
 def _rearranged(objective: Objective, batch: dict[str, Array], step: Any, seed: Any) -> dict[str, Array]:

@@ -27,7 +27,7 @@ def read(
     Memory beyond the result's is one piece, and one shard where the device copies it.
 
     Args:
-        parts: the tensors of the row, one a layer where it is stacked; of the shape that the row wants.
+        parts: the tensors of the row, one a layer where it is stacked, or one an expert; of the shape that it wants.
         sizes: the value of every shape letter.
         sharding: default: all of it on the default device.
     """
@@ -37,8 +37,8 @@ def read(
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         devices.setdefault(_box(index, shape), []).append(device)
     shards = {box: np.empty([stop - start for start, stop in box], dtype) for box in devices}
-    for layer, part in enumerate(parts):
-        _fill(_of_layer(shards, layer) if row.stacked else list(shards.items()), row, part, sizes)
+    for index, part in zip(row.indices(sizes), parts, strict=True):
+        _fill(_within(shards, index), row, part, sizes)
     arrays = []
     while shards:  # one after the other is copied and let go, or the host would hold all of them twice
         box, shard = shards.popitem()
@@ -46,8 +46,13 @@ def read(
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _of_layer(shards: Mapping[_Box, np.ndarray], layer: int) -> list[tuple[_Box, np.ndarray]]:
-    return [(box[1:], shard[layer - box[0][0]]) for box, shard in shards.items() if layer in range(*box[0])]
+def _within(shards: Mapping[_Box, np.ndarray], index: tuple[int, ...]) -> list[tuple[_Box, np.ndarray]]:
+    """Return what the shards have at an index of the stacked axes: box and view without these axes."""
+    return [
+        (box[len(index) :], shard[tuple(i - start for i, (start, _) in zip(index, box, strict=False))])
+        for box, shard in shards.items()
+        if all(i in range(*bounds) for i, bounds in zip(index, box, strict=False))
+    ]
 
 
 def _fill(shards: Sequence[tuple[_Box, np.ndarray]], row: Row, part: Tensor, sizes: Mapping[str, int]) -> None:
@@ -70,7 +75,7 @@ def _fill(shards: Sequence[tuple[_Box, np.ndarray]], row: Row, part: Tensor, siz
 def _leading(row: Row, sizes: Mapping[str, int]) -> tuple[str, int, int]:
     """Return the letter that is outermost in the file, its axis in ours (of one layer), and its step in file rows."""
     letter, *inner = row.their_axes[0].split()
-    ours = row.letters.split()[int(row.stacked) :]
+    ours = row.letters.split()[len(row.stacks) :]
     return letter, ours.index(letter), math.prod(sizes[name] for name in inner)
 
 

@@ -4,7 +4,7 @@ In a scratch environment with torch and transformers, 4.56 or later, 5 included:
 
     python tests/golden/check_export.py EXPORTED_DIR GOLDEN_NPZ
 
-EXPORTED_DIR is what `wmss.save` wrote from one of the checkpoints in tests/golden/qwen3, GOLDEN_NPZ
+EXPORTED_DIR is what `wmss.save` wrote from one of the checkpoints in tests/golden, GOLDEN_NPZ
 that checkpoint's golden.npz. Exits 1 when the logits differ by more than 1e-4 or when transformers
 found a weight missing, of another shape, or left over.
 """

@@ -15,7 +15,7 @@ import contextvars
 import functools
 import re
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,24 @@ Backend = Literal["blockwise", "splash", "triton"]
 _PLATFORMS = {"splash": ("tpu",), "triton": ("gpu", "cuda")}
 _BEFORE_AMPERE = re.compile(r".*\b(K80|P4|P40|P100|V100|T4|RTX 6000|GTX .*|TITAN .*|RTX 20\d\d.*)\b.*")
 
+_UNBOUNDED = 2**30  # positions; longer than any row
+
+
+class OneOf(NamedTuple):
+    """A sliding window that differs between the layers of a scan: `windows[index]`, one compiled body for all.
+
+    The plain backend and Triton compute the mask, so the choice costs nothing there; Splash builds it while compiling
+    and becomes one kernel for each window, of which a branch runs one.
+    """
+
+    windows: tuple[int | None, ...]
+    index: Int[Array, ""]
+
+    def chosen(self) -> Int[Array, ""]:
+        """Return the window as a traced number."""
+        return jnp.array([_UNBOUNDED if window is None else window for window in self.windows])[self.index]
+
+
 _wanted: contextvars.ContextVar[str | None] = contextvars.ContextVar("attention_backend", default=None)
 
 
@@ -41,7 +59,7 @@ def attention(
     positions_BT: Int[Array, "B T"],
     *,
     scale: float,
-    window: int | None = None,
+    window: int | OneOf | None = None,
     softcap: float | None = None,
     kv_segments_BS: Int[Array, "B S"] | None = None,
     kv_positions_BS: Int[Array, "B S"] | None = None,
@@ -54,27 +72,34 @@ def attention(
 
     Args:
         scale: factor on q·k, usually H ** -0.5.
-        window: positions that a query sees, its own included; None: all up to its own.
+        window: positions that a query sees, its own included; None: all up to its own. `OneOf`: that differs by layer.
         softcap: squeezes scores s to cap·tanh(s / cap) (Gemma 2, arXiv 2408.00118, §2); None: leaves them.
         kv_segments_BS, kv_positions_BS: those of the keys where keys are not the queries' own tokens (decoding).
     """
-    settings = {"scale": scale, "window": window, "softcap": softcap}
+    settings = {"scale": scale, "softcap": softcap}
     backend = backend_on(_device(), _wanted.get())
     if kv_positions_BS is not None or backend == "blockwise":  # one query a row leaves a kernel nothing to do
         kv_segments_BS = segments_BT if kv_segments_BS is None else kv_segments_BS
         kv_positions_BS = positions_BT if kv_positions_BS is None else kv_positions_BS
         return blockwise.attention(
-            q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT, kv_segments_BS, kv_positions_BS, **settings
-        )
+            q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT, kv_segments_BS, kv_positions_BS,
+            window=_traced(window), **settings,
+        )  # fmt: skip
     if backend == "splash":
         from wmss_jax.attention import splash  # kernels are imported where they run: Pallas takes 0.3 s
 
-        kernel = functools.partial(splash.attention, **settings)
-        return _on_each_device(kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+        def splash_with(window: int | None, *inputs: Array) -> Array:
+            return _on_each_device(functools.partial(splash.attention, window=window, **settings), *inputs)
+
+        inputs = (q_BTNH, k_BSKH, v_BSKH, segments_BT)
+        if isinstance(window, OneOf):
+            kernels = [functools.partial(splash_with, each) for each in window.windows]
+            return jax.lax.switch(window.index, kernels, *inputs)
+        return splash_with(window, *inputs)
     from wmss_jax.attention import triton
 
-    kernel = functools.partial(triton.attention, scale=scale, softcap=softcap)
-    return _on_each_device(kernel, q_BTNH, k_BSKH, v_BSKH, first_keys(segments_BT, window))
+    kernel = functools.partial(triton.attention, **settings)
+    return _on_each_device(kernel, q_BTNH, k_BSKH, v_BSKH, first_keys(segments_BT, _traced(window)))
 
 
 def backend_on(device: jax.Device | AbstractDevice, wanted: str | None = None) -> Backend:
@@ -107,12 +132,16 @@ def using(backend: str | None) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def first_keys(segments_BT: Int[Array, "B T"], window: int | None) -> Int[Array, "B T"]:
+def first_keys(segments_BT: Int[Array, "B T"], window: int | Int[Array, ""] | None) -> Int[Array, "B T"]:
     """Return the index of the first key that every query sees; it sees all from there to its own."""
     index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None], segments_BT.shape)
     begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], [(0, 0), (1, 0)], constant_values=True)
     first_BT = jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
     return first_BT if window is None else jnp.maximum(first_BT, index_BT - (window - 1))
+
+
+def _traced(window: int | OneOf | None) -> int | Array | None:
+    return window.chosen() if isinstance(window, OneOf) else window
 
 
 def _device() -> jax.Device | AbstractDevice:
@@ -131,4 +160,4 @@ def _on_each_device(kernel, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, rows_BT
     return mapped(q_BTNH, k_BTKH, v_BTKH, rows_BT)
 
 
-__all__ = ["Backend", "attention", "backend_on", "first_keys", "using"]
+__all__ = ["Backend", "OneOf", "attention", "backend_on", "first_keys", "using"]

@@ -19,7 +19,7 @@ def attention(
     kv_positions_BS: Int[Array, "B S"],
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Return `wmss_jax.attention.attention`, its scores [B, N, BLOCK, S] for a block of queries at a time.
@@ -47,7 +47,7 @@ def attention(
 
 
 def _visible(
-    segments_BT: Array, positions_BT: Array, kv_segments_BS: Array, kv_positions_BS: Array, window: int | None
+    segments_BT: Array, positions_BT: Array, kv_segments_BS: Array, kv_positions_BS: Array, window: int | Array | None
 ) -> Array:
     back_BTS = positions_BT[:, :, None] - kv_positions_BS[:, None, :]
     visible_BTS = (segments_BT[:, :, None] == kv_segments_BS[:, None, :]) & (back_BTS >= 0)

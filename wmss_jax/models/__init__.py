@@ -16,11 +16,35 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, PyTree
 
 from wmss_jax import attention, head, precision, sharding
-from wmss_jax.models import layers, lora, qwen3
+from wmss_jax.models import (
+    gemma2,
+    gemma3,
+    layers,
+    llama,
+    lora,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from wmss_jax.models.lora import Lora
 from wmss_jax.models.table import Row
 
-ARCHS: dict[str, ModuleType] = {"qwen3": qwen3}
+ARCHS: dict[str, ModuleType] = {
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+    "llama": llama,
+    "mistral": mistral,
+    "olmo2": olmo2,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +83,19 @@ class CausalLM:
         positions: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Return the final-norm hidden states, [B, T, D] in the compute dtype.
+        """Return the final-norm hidden states, [B, T, D] in the compute dtype; arguments as of `hidden_and_metrics`."""
+        return self.hidden_and_metrics(params, tokens, positions, segments)[0]
+
+    def hidden_and_metrics(
+        self,
+        params: PyTree[Array],
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
+        """Return the final-norm hidden states, [B, T, D] in the compute dtype, and what the layers measured, averaged.
+
+        Of a mixture of experts that is "load_balance"; of other models, nothing.
 
         Args:
             positions: restart at 0 in every segment; default 0, 1, 2, ... in each row.

@@ -3,6 +3,7 @@
     B batch        D model width     N query heads           L layers
     T query time   F MLP width       K kv heads              V vocabulary
     S key time     H head size       G query heads per kv head = N / K
+    E experts      J heads of fused queries, keys and values = N + 2 K         C parts of a fused matrix
 
 Arrays of rank >= 1 end in their letters (`q_BTNH`), einsums and conversion tables use the same ones. Parameters keep
 the dtype they are stored in and are cast to the activations' dtype where they are used; norms and softmax are
@@ -11,6 +12,7 @@ computed in float32.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,15 +23,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from wmss_jax import sharding
-from wmss_jax.attention import attention
+from wmss_jax.attention import OneOf, attention
+from wmss_jax.models import rope
+from wmss_jax.models.architecture import Config
 from wmss_jax.models.lora import project
 
-# What a layer keeps for its backward pass: everything, the results of matmuls, or only its input.
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+Metrics = dict[str, Array]  # float32 scalars
 
 
 def matrix(rngs: nnx.Rngs, dtype: jnp.dtype, std: float, *shape: int) -> nnx.Param:
@@ -82,30 +81,24 @@ def noised(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · scale over the last axis, in float32."""
+    """x / rms(x) · (offset + scale) over the last axes, in float32.
 
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones(size, dtype))
+    Args:
+        shape: of the scale; the mean of squares is over all of it.
+        offset: 1 in families that keep scales as their distance from 1 (Gemma).
+    """
+
+    def __init__(self, shape: int | tuple[int, ...], eps: float, dtype: jnp.dtype, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full(shape, 1 - offset, dtype))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
-        wide = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), range(x.ndim - 1))
-        return (wide * inverse_rms * scale).astype(x.dtype)
-
-
-def rotate(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Return `x` with rotary position embeddings, the halves convention of Hugging Face (not interleaved).
-
-    RoFormer, arXiv 2104.09864, eq. 34; pairs (i, i + H/2) rotate by position · theta^(-2i/H).
-    """
-    half = x_BTNH.shape[-1] // 2
-    frequencies_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_h[None, None, None]
-    cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+        scale, wide = self.scale[...], x.astype(jnp.float32)
+        axes = tuple(range(-scale.ndim, 0))
+        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + self.eps)
+        scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - scale.ndim))
+        return (wide * inverse_rms * (self.offset + scale if self.offset else scale)).astype(x.dtype)
 
 
 class Cache(NamedTuple):
@@ -128,78 +121,178 @@ def cached_attention(
     cache: Cache | None,
     *,
     scale: float,
+    window: int | OneOf | None = None,
+    softcap: float | None = None,
 ) -> tuple[Float[Array, "B T N H"], Cache | None]:
     """Return `attention` over a layer's cache after adding these tokens to it; without one, over them alone.
 
     Args:
         positions_BT: with a cache, consecutive in every row, and below S.
-        cache: of this layer; rows are one segment each.
+        cache: of this layer; rows are one segment each. It holds all tokens, those beyond a window too.
+        scale, window, softcap: see `attention`.
     """
+    attend = functools.partial(attention, scale=scale, window=window, softcap=softcap)
     if cache is None:
-        return attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, positions_BT, scale=scale), None
+        return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, positions_BT), None
     start_B = positions_BT[:, 0]
     put = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
     hold = lambda old, new: sharding.constrain(put(old, new.astype(old.dtype), start_B), "B S K H")
     cache = Cache(hold(cache.k_BSKH, k_BTKH), hold(cache.v_BSKH, v_BTKH))
     B, S = cache.k_BSKH.shape[:2]
     slots_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BT.dtype)[None], (B, S))
-    out_BTNH = attention(
+    out_BTNH = attend(
         q_BTNH,
         cache.k_BSKH.astype(q_BTNH.dtype),
         cache.v_BSKH.astype(q_BTNH.dtype),
         segments_BT,
         positions_BT,
-        scale=scale,
         kv_segments_BS=jnp.ones_like(slots_BS),
         kv_positions_BS=slots_BS,
     )
     return out_BTNH, cache
 
 
+class View(NamedTuple):
+    """What a layer knows of the tokens besides their hidden states.
+
+    Attributes:
+        turn: of queries and keys, by position; None where no layer has positions.
+    """
+
+    positions_BT: Int[Array, "B T"]
+    segments_BT: Int[Array, "B T"]
+    turn: rope.Turn | None
+    window: int | OneOf | None
+
+
+class Attention(nnx.Module):
+    """Causal self-attention of grouped queries.
+
+    Args:
+        qkv_bias: add a vector to queries, keys and values.
+        norms: of queries and of keys, before they are turned.
+        scale: factor on scores; default H ** -0.5.
+        softcap: see `attention`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        *,
+        qkv_bias: bool = False,
+        norms: tuple[RMSNorm, RMSNorm] | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ):
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale, self.softcap = H**-0.5 if scale is None else scale, softcap
+        self.q_proj = matrix(rngs, dtype, config.init_std, D, N, H)
+        self.k_proj = matrix(rngs, dtype, config.init_std, D, K, H)
+        self.v_proj = matrix(rngs, dtype, config.init_std, D, K, H)
+        self.o_proj = matrix(rngs, dtype, config.init_std, N, H, D)
+        if qkv_bias:
+            self.q_bias, self.k_bias, self.v_bias = (nnx.Param(jnp.zeros((n, H), dtype)) for n in (N, K, K))
+        if norms is not None:
+            self.q_norm, self.k_norm = norms
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], view: View, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        q_BTNH = self._heads("BTD,DNH->BTNH", x_BTD, "q")
+        k_BTKH = self._heads("BTD,DKH->BTKH", x_BTD, "k")
+        v_BTKH = self._heads("BTD,DKH->BTKH", x_BTD, "v")
+        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, view, cache, scale=self.scale, softcap=self.softcap)
+        return project("BTNH,NHD->BTD", out_BTNH, self.o_proj[...]), cache
+
+    def _heads(self, equation: str, x_BTD: Array, letter: str) -> Array:
+        heads = project(equation, x_BTD, getattr(self, f"{letter}_proj")[...])
+        if hasattr(self, f"{letter}_bias"):
+            heads = heads + getattr(self, f"{letter}_bias")[...].astype(heads.dtype)[None, None]
+        return getattr(self, f"{letter}_norm")(heads) if hasattr(self, f"{letter}_norm") else heads
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    view: View,
+    cache: Cache | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Float[Array, "B T N H"], Cache | None]:
+    """Return `cached_attention` of what a layer's projections gave, turned by position and in the layer's window."""
+    if view.turn is not None:
+        q_BTNH, k_BTKH = rope.rotate(q_BTNH, view.turn), rope.rotate(k_BTKH, view.turn)
+    out_BTNH, cache = cached_attention(
+        q_BTNH, k_BTKH, v_BTKH, view.segments_BT, view.positions_BT, cache,
+        scale=scale, window=view.window, softcap=softcap,
+    )  # fmt: skip
+    return sharding.constrain(out_BTNH, "B T N H"), cache
+
+
+def gelu_tanh(x: Array) -> Array:
+    """Return GELU by its tanh approximation, `gelu_pytorch_tanh` in a config.json."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 class GatedMLP(nnx.Module):
-    """SwiGLU: (silu(x·gate) ∘ x·up)·down."""
+    """(act(x·gate) ∘ x·up)·down; SwiGLU with the default activation."""
 
-    def __init__(self, D: int, F: int, std: float, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.gate_proj = matrix(rngs, dtype, std, D, F)
-        self.up_proj = matrix(rngs, dtype, std, D, F)
-        self.down_proj = matrix(rngs, dtype, std, F, D)
+    def __init__(
+        self, config: Config, rngs: nnx.Rngs, dtype: jnp.dtype, activation: Callable[[Array], Array] = jax.nn.silu
+    ):
+        D, F = config.hidden_size, config.intermediate_size
+        self.activation = activation
+        self.gate_proj = matrix(rngs, dtype, config.init_std, D, F)
+        self.up_proj = matrix(rngs, dtype, config.init_std, D, F)
+        self.down_proj = matrix(rngs, dtype, config.init_std, F, D)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], view: View) -> tuple[Float[Array, "B T D"], Metrics]:
+        del view
         gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_proj[...])
         up_BTF = project("BTD,DF->BTF", x_BTD, self.up_proj[...])
-        inner_BTF = sharding.constrain(jax.nn.silu(gate_BTF) * up_BTF, "B T F")
-        return project("BTF,FD->BTD", inner_BTF, self.down_proj[...])
+        inner_BTF = sharding.constrain(self.activation(gate_BTF) * up_BTF, "B T F")
+        return project("BTF,FD->BTD", inner_BTF, self.down_proj[...]), {}
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Return `layers` layers as one module whose parameters have a leading axis L."""
-    return nnx.vmap(make)(rngs.split(layers))
+class Block(nnx.Module):
+    """x + attention(x), then x + mlp(x), with a norm before each of the two, after it, or both.
 
-
-def scan(
-    layers: nnx.Module,
-    x_BTD: Float[Array, "B T D"],
-    body: Callable,
-    remat: str,
-    cache: Cache | None = None,
-) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """Return (x, cache) after `x, cache[l] = body(layer, x, cache[l])` for every stacked layer l.
-
-    Compiled once for all layers. Without a cache, `body` gets and returns None in its place.
+    Args:
+        before, after: norms of (attention, MLP); None: there are none.
     """
-    graphdef, params = nnx.split(layers)
 
-    def step(x_BTD: Array, layer: tuple[nnx.State, Cache | None]) -> tuple[Array, Cache | None]:
-        layer_params, layer_cache = layer
-        x_BTD, layer_cache = body(nnx.merge(graphdef, layer_params), x_BTD, layer_cache)
-        return sharding.constrain(x_BTD, "B T D"), layer_cache
+    def __init__(
+        self,
+        attention: nnx.Module,
+        mlp: nnx.Module,
+        *,
+        before: tuple[RMSNorm, RMSNorm] | None = None,
+        after: tuple[RMSNorm, RMSNorm] | None = None,
+    ):
+        self.attention, self.mlp = attention, mlp
+        if before is not None:
+            self.input_norm, self.mlp_norm = before
+        if after is not None:
+            self.attention_out_norm, self.mlp_out_norm = after
 
-    if REMAT_POLICIES[remat] is not None:
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(step, x_BTD, (params, cache))
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], view: View, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Metrics]:
+        """Return the hidden states after this layer, its cache with these tokens added, and what the MLP measured."""
+        mixed_BTD, cache = self.attention(self._norm("input_norm", x_BTD), view, cache)
+        x_BTD = x_BTD + self._norm("attention_out_norm", mixed_BTD)
+        mixed_BTD, metrics = self.mlp(self._norm("mlp_norm", x_BTD), view)
+        return x_BTD + self._norm("mlp_out_norm", mixed_BTD), cache, metrics
+
+    def _norm(self, name: str, x_BTD: Array) -> Array:
+        return getattr(self, name)(x_BTD) if hasattr(self, name) else x_BTD
 
 
 __all__ = [
-    "REMAT_POLICIES", "Cache", "GatedMLP", "RMSNorm", "attention", "cached_attention", "embed", "embedding_noise",
-    "matrix", "noised", "project", "rotate", "scan", "stack",
+    "Attention", "Block", "Cache", "GatedMLP", "Metrics", "RMSNorm", "View", "attend", "attention", "cached_attention",
+    "embed", "embedding_noise", "gelu_tanh", "matrix", "noised", "project",
 ]  # fmt: skip

@@ -73,6 +73,16 @@ def project(equation: str, x: Array, weight: Array | Adapted) -> Array:
     return matmul.project(equation, x, jax.lax.stop_gradient(weight.w)) + weight.scale * added
 
 
+def grouped(x_MD: Array, weight_EDF: Array | Adapted, sizes_E: Array) -> Array:
+    """Return `matmul.grouped`, both in x's dtype; with adapters, plus the low-rank products of the same groups."""
+    if not isinstance(weight_EDF, Adapted):
+        return matmul.grouped(x_MD, weight_EDF, sizes_E)
+    low_MR = matmul.grouped(x_MD, weight_EDF.a, sizes_E)
+    added_MF = matmul.grouped(low_MR, weight_EDF.b, sizes_E)
+    frozen = jax.lax.stop_gradient(weight_EDF.w)
+    return matmul.grouped(x_MD, frozen, sizes_E) + weight_EDF.scale * added_MF
+
+
 def targets(lora: Lora, rows: Sequence[Row]) -> tuple[Row, ...]:
     """Return the rows of the base's TABLE that get adapters.
 
@@ -107,7 +117,7 @@ def init(lora: Lora, rows: Sequence[Row], sizes: Mapping[str, int], key: Array, 
     leaves = {}
     for number, row in enumerate(adapter_rows(lora, rows)):
         shape = row.our_shape(sizes)
-        bound = math.prod(shape[1:-1]) ** -0.5
+        bound = math.prod(row.their_shape(sizes)[1:]) ** -0.5 if row.path.endswith("lora_a") else 0.0
         draw = jax.random.uniform(jax.random.fold_in(key, number), shape, jnp.float32, -bound, bound)
         leaves[row.path] = (draw if row.path.endswith("lora_a") else jnp.zeros(shape)).astype(dtype)
     return leaves
