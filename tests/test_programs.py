@@ -28,6 +28,8 @@ VARIANTS = {
     "an average as weak agent": ("joint.weak.source={name: ema, decay: 0.9}", "joint.neftune={}"),
     "an early exit": ("joint.weak.source={name: early_exit, layer: 1}", "joint.weak.control=shuffled_tokens"),
     "a reference": ("joint.objective={name: asft}",),
+    "lora and a reference": ("lora.rank=4", "joint.objective={name: gift}"),
+    "lora and a step of the SFT": ("lora.rank=4", "joint.weak.source={name: sft_step, step: 1}"),
 }
 
 

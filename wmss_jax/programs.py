@@ -69,22 +69,26 @@ def _train(
     joint = stage if isinstance(stage, config.JointConfig) else None
     cached = joint is not None and joint.weak.placement == "cached"
     source = None if joint is None else arms.source(joint, objective)
-    models = dict.fromkeys(objective.roles, model)
-    if source is not None:
-        models["weak"] = source.model(model)
     loop, d = recipe.train, recipe.dataset
     strong, rest = model, tuple(role for role in objective.roles if role not in trained)
     batch = _batch(d.batch_size, d.seq_len, mesh)
     whole = model.abstract(stored, mesh)
-    frozen = {role: whole for role in rest if role != "weak" or source is None or source.of_base}
+    models, frozen = dict.fromkeys(objective.roles, model), dict.fromkeys(rest, whole)
     if recipe.lora is not None:  # one base serves all roles
         strong = dataclasses.replace(model, lora=Lora(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets))
         frozen = {"base": whole}
+    # What the SFT made is as it was trained: whole, or an adapter.
+    for role in _of_sft(joint, rest):
+        models[role], frozen[role] = strong, strong.abstract(recipe.model.param_dtype, mesh)
+    if source is not None:
+        models["weak"] = source.model(model)
+        frozen = {role: tree for role, tree in frozen.items() if role != "weak" or source.of_base}
     if joint is not None and "teacher" in rest:
         models["teacher"], dtype = _teacher(recipe, str(joint.teacher))
         frozen["teacher"] = models["teacher"].abstract(dtype, mesh)
     if cached and "weak" in rest:
         batch["weak_hidden"] = _rows((d.batch_size, d.seq_len, model.sizes["D"]), jnp.bfloat16, mesh)
+        models["weak"] = model
         if recipe.lora is None:
             frozen["weak"] = {model.head_row.path: whole[model.head_row.path]}
     tx, _ = optim.make(recipe.optimizer, 1000)  # how many steps it plans for makes no difference here
@@ -110,6 +114,14 @@ def _train(
         {"parameters": state.params, "optimizer": state.opt_state, "frozen": frozen, "batch": batch},
         model, d.batch_size, d.seq_len, cost,
     )  # fmt: skip
+
+
+def _of_sft(joint: config.JointConfig | None, frozen: tuple[str, ...]) -> list[str]:
+    """Return the frozen roles that are checkpoints of the SFT."""
+    if joint is None:
+        return []
+    is_one = {"reference": joint.reference == "start", "weak": joint.weak.source.step is not None}
+    return [role for role in frozen if is_one.get(role, False)]
 
 
 def _teacher(recipe: config.RunConfig, path: str) -> tuple[CausalLM, str]:
