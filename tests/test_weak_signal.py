@@ -108,6 +108,12 @@ def test_an_exit_that_is_not_early_is_refused(layer):
         EarlyExit(layer).model(MODEL)
 
 
+def test_an_early_exit_keeps_the_windows_of_its_layers():
+    windowed = tiny.model(num_layers=3, windows=(4, None, 8))
+    assert EarlyExit(2).model(windowed).config.windows == (4, None)
+    assert EarlyExit(1).model(windowed).config.kinds == windowed.config.kinds[:1]
+
+
 # -- shuffled signals -----------------------------------------------------------------------------------------------
 
 

@@ -105,9 +105,13 @@ class EarlyExit:
         layers = strong.sizes["L"]
         if not self.layer < layers:
             raise ValueError(f"weak.source: early_exit after layer {self.layer} of {layers}: choose 1 to {layers - 1}")
-        short = dataclasses.replace(strong, config=dataclasses.replace(strong.config, num_layers=self.layer))
+        config = strong.config
+        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        of_layers = {name: x[: self.layer] for name, x in fields.items() if type(x) is tuple and len(x) == layers}
+        short = dataclasses.replace(strong, config=dataclasses.replace(config, **of_layers, num_layers=self.layer))
         cut = jax.tree.map(lambda x: (self.layer, *x.shape[1:]), strong.abstract()["layers"])
-        if cut != jax.tree.map(lambda x: x.shape, short.abstract()["layers"]):
+        same_shapes = cut == jax.tree.map(lambda x: x.shape, short.abstract()["layers"])
+        if not same_shapes or short.config.kinds != config.kinds[: self.layer]:
             raise ValueError(f"weak.source: early_exit: the layers of {strong.arch} are no plain stack to leave early")
         return short
 
