@@ -77,12 +77,12 @@ class Decoder(nnx.Module):
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
-        cache: layers.Cache,
+        cache: tuple[layers.Cache, ...],
         *,
         dtype: jnp.dtype,
-    ) -> tuple[Float[Array, "B T D"], layers.Cache]:
+    ) -> tuple[Float[Array, "B T D"], tuple[layers.Cache, ...]]:
         """Return `hidden` of tokens that follow those in `cache`, and the cache with them added."""
-        room_BT = jnp.full_like(positions_BT, cache.k_BSKH.shape[2])
+        room_BT = jnp.full_like(positions_BT, cache[0].k_BKHS.shape[-1])
         view_of = self._views(positions_BT, jnp.ones_like(tokens_BT), room_BT)
         x_BTD, cache, _ = self._run(tokens_BT, view_of, cache, dtype, "none")
         return x_BTD, cache
@@ -111,11 +111,11 @@ class Decoder(nnx.Module):
         self,
         tokens_BT: Array,
         view_of: Callable[[tuple[Array, Array]], layers.View],
-        cache: layers.Cache | None,
+        cache: tuple[layers.Cache, ...] | None,
         dtype: jnp.dtype,
         remat: str,
     ) -> tuple[Array, Any, layers.Metrics]:
-        """Return the hidden states, the cache with these tokens added (None without one) and the metrics."""
+        """Return the hidden states, the cache with these tokens added (None without one) and, without one, metrics."""
         x_BTD = layers.embed(self.embed[...], tokens_BT, dtype)
         if self.embed_scale is not None:
             x_BTD = x_BTD * jnp.asarray(self.embed_scale, dtype)
@@ -132,6 +132,16 @@ class Decoder(nnx.Module):
             x_BTD, *rest = nnx.merge(graphdef, layer_params)(x_BTD, view_of(numbers), layer_cache)
             return sharding.constrain(x_BTD, "B T D"), tuple(rest)
 
+        if cache is not None:
+            # One by one: a scan would copy every layer's cache out of a stack of them and back, for each token.
+            caches = []
+            for layer, layer_cache in enumerate(cache):
+                of_layer = lambda x, layer=layer: x[layer]
+                layer_params = jax.tree.map(of_layer, params, is_leaf=lambda x: isinstance(x, layers.Apart))
+                numbers = jax.tree.map(of_layer, numbers_L)
+                x_BTD, (layer_cache, _) = step(x_BTD, (layer_params, layer_cache, numbers))
+                caches.append(layer_cache)
+            return self.final_norm(x_BTD), tuple(caches), {}
         if REMAT_POLICIES[remat] is not None:
             step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
         x_BTD, (cache, metrics) = jax.lax.scan(step, x_BTD, (params, cache, numbers_L))

@@ -12,6 +12,7 @@ computed in float32.
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -20,10 +21,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from wmss_jax import sharding
-from wmss_jax.attention import OneOf, attention
+from wmss_jax.attention import OneOf, attention, attention_of_one
 from wmss_jax.models import rope
 from wmss_jax.models.architecture import Config
 from wmss_jax.models.lora import project
@@ -102,14 +103,14 @@ class RMSNorm(nnx.Module):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far: slot s of a row holds the token at position s.
+    """Keys and values of a layer's tokens so far: slot s of a row holds the token at position s.
 
-    So positions alone say what is visible, and padding after a short prompt is overwritten by the
-    continuation before any query can see it. Of all layers: stacked along a leading axis L.
+    So positions alone say what is visible, and padding after a short prompt is overwritten by the continuation before
+    any query can see it. Keys lie across, so that both products of a decoding step run along what is in memory.
     """
 
-    k_BSKH: Float[Array, "*L B S K H"]
-    v_BSKH: Float[Array, "*L B S K H"]
+    k_BKHS: Float[Array, "B K H S"]
+    v_BKSH: Float[Array, "B K S H"]
 
 
 def cached_attention(
@@ -134,22 +135,50 @@ def cached_attention(
     attend = functools.partial(attention, scale=scale, window=window, softcap=softcap)
     if cache is None:
         return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, positions_BT), None
-    start_B = positions_BT[:, 0]
-    put = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
-    hold = lambda old, new: sharding.constrain(put(old, new.astype(old.dtype), start_B), "B S K H")
-    cache = Cache(hold(cache.k_BSKH, k_BTKH), hold(cache.v_BSKH, v_BTKH))
-    B, S = cache.k_BSKH.shape[:2]
+    start_B, dtype = positions_BT[:, 0], cache.k_BKHS.dtype
+    put = lambda axis: jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis))
+    k_BKHS = put(2)(cache.k_BKHS, jnp.transpose(k_BTKH, (0, 2, 3, 1)).astype(dtype), start_B)
+    v_BKSH = put(1)(cache.v_BKSH, jnp.transpose(v_BTKH, (0, 2, 1, 3)).astype(dtype), start_B)
+    cache = Cache(sharding.constrain(k_BKHS, "B K H S"), sharding.constrain(v_BKSH, "B K S H"))
+    keys, values = cache.k_BKHS.astype(q_BTNH.dtype), cache.v_BKSH.astype(q_BTNH.dtype)
+    if q_BTNH.shape[1] == 1:
+        settings = {"scale": scale, "window": window, "softcap": softcap}
+        return attention_of_one(q_BTNH, keys, values, positions_BT, **settings), cache
+    B, S = k_BKHS.shape[0], k_BKHS.shape[-1]
     slots_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BT.dtype)[None], (B, S))
     out_BTNH = attend(
         q_BTNH,
-        cache.k_BSKH.astype(q_BTNH.dtype),
-        cache.v_BSKH.astype(q_BTNH.dtype),
+        jnp.transpose(keys, (0, 3, 1, 2)),
+        jnp.transpose(values, (0, 2, 1, 3)),
         segments_BT,
         positions_BT,
         kv_segments_BS=jnp.ones_like(slots_BS),
         kv_positions_BS=slots_BS,
     )
     return out_BTNH, cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A parameter of stacked layers, each layer's an array of its own."""
+
+    arrays: tuple[Array, ...]
+
+    def __getitem__(self, layer: int) -> Array:
+        return self.arrays[layer]
+
+
+def apart(params: PyTree[Array], layers: int) -> PyTree:
+    """Return the parameters of stacked layers taken apart, a copy, where a program uses them many times one by one.
+
+    That is on a CPU, where XLA would cut them out of the stack for every token; other backends read them where they
+    lie.
+    """
+    platform = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
+    if platform != "cpu":
+        return params
+    return jax.tree.map(lambda x: Apart(tuple(x[layer] for layer in range(layers))), params)
 
 
 class View(NamedTuple):
@@ -293,6 +322,6 @@ class Block(nnx.Module):
 
 
 __all__ = [
-    "Attention", "Block", "Cache", "GatedMLP", "Metrics", "RMSNorm", "View", "attend", "attention", "cached_attention",
-    "embed", "embedding_noise", "gelu_tanh", "matrix", "noised", "project",
+    "Apart", "Attention", "Block", "Cache", "GatedMLP", "Metrics", "RMSNorm", "View", "apart", "attend",
+    "attention", "cached_attention", "embed", "embedding_noise", "gelu_tanh", "matrix", "noised", "project",
 ]  # fmt: skip
