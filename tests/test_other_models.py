@@ -173,7 +173,7 @@ def test_other_vocabularies_are_refused_before_anything_is_trained(root):
     file.write_text(json.dumps(state))
     for path, message in {
         "few": r"joint.weak.path: few has rows for 200 tokens, the recipe's tokenizer has 2\d\d; give another model",
-        "foreign": r"joint.weak.path: foreign has another vocabulary: 2 tokens have other ids, e.g. 'a' is \d+, there \d+, 'b' is",
+        "foreign": r"joint.weak.path: foreign has another vocabulary: 2 tokens have other ids, e.g. 'a' is \d+, there",
     }.items():
         with pytest.raises(ValueError, match=message) as error:
             pipeline.run(

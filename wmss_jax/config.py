@@ -533,7 +533,8 @@ class RunConfig(Section):
             raise ValueError(f"{where}.curriculum: nothing is drawn by it; set resample to true")
         if self.lora is not None and arm.weak.path is not None and arm.weak.trainable:
             raise ValueError(
-                f"{where}.weak.trainable: adapters are of one base, so with lora a weak agent from elsewhere stays frozen"
+                f"{where}.weak.trainable: adapters are of one base, so with lora a weak agent from elsewhere stays "
+                "frozen"
             )
         if self.lora is not None and arm.weak.source.name not in CHECKPOINTS:
             raise ValueError(
