@@ -29,7 +29,7 @@ LAYERS = [
     ["flops", "decoding", "weak_source", "neftune"],
     ["arms"],
     ["step"],
-    ["processes", "watchdog", "compilation", "tensorfile", "tracking", "tokenizer", "examples", "topologies"],
+    ["processes", "watchdog", "compilation", "tensorfile", "tracking", "tokenizer", "examples", "topologies", "card"],
     ["preemption", "streaming"],
     ["hf", "encoding", "generate", "evals.graders"],
     ["checkpoint", "data", "evals.run", "peft"],

@@ -294,7 +294,7 @@ def _work(
         meta={
             "recipe": recipe.model_dump(mode="json"),
             "stage": name,
-            "lineage": {**lineage, **extra, "objective": repr(objective)},
+            "lineage": {**lineage, **extra, "objective": repr(objective), "data": run.dataset.fingerprint},
             **({"base": found.base.described()} if found.base is not None else {}),
         },
         assets=run.work / "assets",

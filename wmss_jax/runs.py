@@ -184,9 +184,9 @@ def _assets(recipe: config.RunConfig, work: Path) -> Any:
             else:
                 made = tokenizer.load(found)
                 hf.carry(found, new)
-            if len(made) > settings.get("vocab_size", 0):
+            if len(made) > (rows := hf.from_config(settings).sizes["V"]):
                 raise ValueError(
-                    f"the tokenizer has {len(made)} tokens, the model's vocabulary {settings.get('vocab_size')}: "
+                    f"the tokenizer has {len(made)} tokens, the model's vocabulary {rows}: "
                     f"raise vocab_size in config.json or lower model.tokenizer.vocab_size"
                 )
             (new / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
