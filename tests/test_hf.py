@@ -220,6 +220,8 @@ def test_two_branch_checkpoints_become_roles(two_branches, golden, tmp_path):
     for role in roles:
         convert.export(tmp_path / "checkpoint", tmp_path / role, role)
         assert "num_sub_models" not in json.loads((tmp_path / role / "config.json").read_text())
+        card = (tmp_path / role / "README.md").read_text()
+        assert f"# {role}\n" in card and "| λ of the two branches | 0.42 |" in card and "converted" in card
         same_bits(roles[role], wmss.load(tmp_path / role)[1])
 
 
