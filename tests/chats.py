@@ -28,41 +28,9 @@ def plain():
     return tokenizer.load(directory())
 
 
-# Thinking is kept after the last question only, and the last turn always has a think block, as in Qwen3.
-QWEN3 = """\
-{%- set ns = namespace(last=messages|length - 1, looking=true) %}
-{%- for message in messages[::-1] %}
-    {%- set index = messages|length - 1 - loop.index0 %}
-    {%- if ns.looking and message.role == 'user' %}{%- set ns.looking = false %}{%- set ns.last = index %}{%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {%- set content = message.content %}
-        {%- set thought = '' %}
-        {%- if message.reasoning_content is string %}
-            {%- set thought = message.reasoning_content %}
-        {%- elif '</think>' in content %}
-            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {{- '<|im_start|>assistant\\n' }}
-        {%- if loop.index0 > ns.last and (loop.last or thought) %}
-            {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
-        {%- else %}
-            {{- content }}
-        {%- endif %}
-        {%- for call in message.tool_calls or [] %}
-            {%- if (loop.first and content) or not loop.first %}{{- '\\n' }}{%- endif %}
-            {{- '<tool_call>\\n' + call.name + '\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif message.role == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+GOLDEN = Path(__file__).parent / "golden/chats"
+# Thinking is kept after the last question only, and the last turn always has a think block.
+QWEN3 = (GOLDEN / "qwen3.jinja").read_text()
 
 # The generation prompt opens the thinking, and every rendered turn has lost it, as in the R1 distillations.
 R1 = """\
@@ -101,14 +69,39 @@ PHI = """\
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- else %}{{- eos_token }}{%- endif %}"""
 
 ADDED = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|turn|>"]
+# Of the families whose templates are golden: what begins a text, EOS (of the base models), and further special tokens.
+FAMILIES = {
+    "qwen2.5": (None, "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "qwen3": (None, "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),
+    "gemma2": ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+    "gemma3": ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+    "phi3": ("<s>", "<|endoftext|>", "<|end|>"),
+    "olmo2": ("<|endoftext|>", "<|endoftext|>"),
+    "smollm3": (None, "<|end_of_text|>", "<|im_start|>", "<|im_end|>"),
+}
 
 
-def with_template(template: str, **special: str):
+def with_template(template: str, added=ADDED, **special: str):
     """A tokenizer with that chat template, and the special tokens that such templates write."""
     made = plain()
-    made.add_special_tokens({"additional_special_tokens": ADDED, **special})
+    made.add_special_tokens({"additional_special_tokens": list(added), **special})
     made.chat_template = template
     return made
+
+
+def of_family(name: str):
+    """A tokenizer with the template and special tokens of a family."""
+    bos, eos, *added = FAMILIES[name]
+    special = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
+    return with_template((GOLDEN / f"{name}.jinja").read_text(), added, **special)
+
+
+def golden(name: str) -> dict[str, str]:
+    """{chat: how the family renders it, what is trained between ⟦ and ⟧; or "! " and how it is refused}."""
+    parts = (GOLDEN / f"{name}.txt").read_text().split("--- ")[1:]
+    return {part.partition("\n")[0]: part.partition("\n")[2].removesuffix("\n") for part in parts}
 
 
 @functools.cache

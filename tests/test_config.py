@@ -18,7 +18,7 @@ from wmss_jax.config import ConfigError, RunConfig, build, digest, json_schema, 
 from wmss_jax.evals.graders import GRADERS
 
 MINIMAL = {"work_dir": "runs/x", "model": {"path": "org/base"}, "dataset": {"train": "train.jsonl"}}
-WEAK_KEYS = "trainable, source, control, placement, cache, cache_budget_gb"
+WEAK_KEYS = "path, trainable, source, control, placement, cache, cache_budget_gb"
 CONTROL_KEYS = "objective, weak, teacher, reference, resample, curriculum, neftune"
 NEW = {"config": "tiny/config.json"}  # a model of random parameters
 
@@ -395,6 +395,7 @@ def sections(draw, model):
         scalars = st.one_of(st.none(), st.booleans(), st.integers(), TEXTS)
         drawn |= draw(st.dictionaries(st.sampled_from(["lam", "tau"]), scalars))
     if model is config.WeakConfig:
+        drawn["path"] = None  # goes with few of the others
         resident = {"placement": "resident", "cache": None, "cache_budget_gb": None}
         checkpoint = {"source": draw(st.sampled_from([{"name": "base"}, {"name": "sft_step", "step": 3}]))}
         drawn |= checkpoint | draw(st.sampled_from([{"placement": "cached", "trainable": False}, resident]))

@@ -1,12 +1,14 @@
 """configs/: every recipe loads and says what to expect; the presets differ where the paper's versions do."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from wmss_jax import examples
 from wmss_jax.config import RunConfig, build, load
 from wmss_jax.objectives import OBJECTIVES
 
@@ -118,3 +120,15 @@ def test_sizes_of_a_family_differ_in_the_model_alone(family):
 def test_presets_leave_no_such_knob_to_a_default(family, size):
     written = flat(yaml.safe_load((DIRECTORY / f"{family}_{size}.yaml").read_text(encoding="utf-8")))
     assert {*DIFFER, *ALIKE} - {*written} == set()
+
+
+def test_gemma_reads_the_answers_without_their_tags(tmp_path):
+    """PAPER.md §6 [V2 E.4]: the tags go, their text stays; the system prompt is for the template to put somewhere."""
+    recipe = load(DIRECTORY / "paper_v2_gemma3_4b.yaml")
+    answer = "<think>\n1 + 1 = 2\n</think> <answer>\\boxed{2}</answer>"
+    messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": answer}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (source,) = recipe.dataset.train
+    (example,) = examples.read(source, tmp_path)
+    assert example.messages is not None and example.messages[1]["content"] == "\n1 + 1 = 2\n \\boxed{2}"
+    assert "<" not in str(recipe.dataset.system_prompt)

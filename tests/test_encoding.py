@@ -1,12 +1,14 @@
 """Tokens and masks of examples, golden on rendered chats. Run: pytest tests/test_encoding.py"""
 
 import doctest
+import types
 
 import chats
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.utils import chat_template_utils
 
 from wmss_jax import encoding
 from wmss_jax.examples import Example
@@ -126,7 +128,7 @@ def test_generation_prompt_that_opens_the_thinking():
 def test_template_without_generation_prompt_that_trims():
     tokenizer = chats.with_template(chats.MISTRAL, bos_token="<|bos|>")
     example = chat(("system", "Add."), ("user", "1?"), ("assistant", "  2 \n"), ("user", "3?"), ("assistant", "fruits"))
-    golden = "<|bos|>[INST] Add.\n\n1? [/INST] ⟦2 <|eos|>⟧[INST] 3? [/INST]⟦ fruits <|eos|>⟧"  # " f.." is one token
+    golden = "<|bos|>[INST] Add.\n\n1? [/INST]⟦ 2 <|eos|>⟧[INST] 3? [/INST]⟦ fruits <|eos|>⟧"
     assert shown(example, tokenizer) == golden
 
 
@@ -171,6 +173,68 @@ def test_a_token_across_the_boundary_is_trained():
     assert encoded.mask[at] and not encoded.mask[at - 1]
 
 
+# -- the families' own templates: golden ------------------------------------------------------------------------------
+
+Q, A = ("user", "2 + 3?"), ("assistant", "5")
+CHATS = {
+    "one": (Q, A),
+    "system": (("system", "Add."), Q, A),
+    "no thinking": (("system", "Add. /no_think"), Q, A),
+    "turns": tuple((m["role"], m["content"].replace("Let me", "hm")) for m in TWO_TURNS.messages[1:]),
+    "blanks": (Q, ("assistant", " 5 \n")),
+}
+RENDERED = [(family, name) for family in chats.FAMILIES for name in chats.golden(family)]
+
+
+@pytest.mark.parametrize(("family", "name"), RENDERED)
+def test_templates_of_the_families(family, name, monkeypatch):
+    monkeypatch.setattr(chat_template_utils, "datetime", types.SimpleNamespace(now=lambda: encoding.TODAY))
+    golden, tokenizer = chats.golden(family)[name], chats.of_family(family)
+    example = chat(*CHATS[name])._replace(location="f:1")
+    if golden.startswith("! "):
+        with pytest.raises(ValueError, match="^" + golden[2:] + "$"):
+            encoding.encode(example, tokenizer)
+        return
+    assert shown(example, tokenizer) == golden
+    by_transformers = tokenizer.apply_chat_template(list(example.messages), tokenize=False)
+    assert by_transformers == golden.replace("⟦", "").replace("⟧", "")
+
+
+@pytest.mark.parametrize("system", [None, "Add.", "Add. /no_think"])
+@pytest.mark.parametrize("family", chats.FAMILIES)
+def test_what_is_asked_begins_what_is_trained_in_every_family(family, system):
+    """A prompt as it is evaluated; with the answer it is the pair's tokens, and in a chat the same is trained."""
+    tokenizer = chats.of_family(family)
+    if family == "gemma2" and system:
+        with pytest.raises(ValueError, match="System role not supported"):
+            encoding.encode(pair("2 + 3?", "5"), tokenizer, system_prompt=system)
+        return
+    tokens, mask = encoding.encode(pair("2 + 3?", "5"), tokenizer, system_prompt=system)
+    assert encoding.prompt_tokens("2 + 3?", tokenizer, system_prompt=system).tolist() == tokens[~mask].tolist()
+    if family == "mistral" and system:
+        return  # in a chat that is over its template has no place for it, which is refused
+    in_chat, chat_mask = encoding.encode(chat(Q, A), tokenizer, system_prompt=system)
+    first = int(np.flatnonzero(chat_mask)[0])
+    assert in_chat[:first].tolist() == tokens[~mask].tolist(), "the answer begins where generation begins"
+    if family != "qwen3":  # which adds an empty think block to a chat's last answer
+        assert in_chat[chat_mask].tolist() == tokens[mask].tolist()
+
+
+def test_a_date_does_not_change_from_day_to_day(monkeypatch):
+    monkeypatch.setattr(chat_template_utils, "datetime", None)  # what would ask for today
+    assert "Today Date: 26 Jul 2024" in shown(chat(Q, A), chats.of_family("llama3"))
+
+
+def test_special_tokens_that_swallow_what_follows():
+    """Those of Phi-3 do."""
+    from transformers import AddedToken
+
+    swallowing = [AddedToken("<|end|>", rstrip=True, special=True)]
+    tokenizer = chats.with_template(chats.of_family("phi3").chat_template, swallowing, eos_token="<|endoftext|>")
+    tokens, mask = encoding.encode(chat(Q, A, Q, A), tokenizer)
+    assert tokenizer.decode(tokens[mask]) == "5<|end|>5<|end|>" and tokens[-1] == tokenizer.eos_token_id
+
+
 # -- prompts with completions, texts ----------------------------------------------------------------------------------
 
 
@@ -179,7 +243,7 @@ def test_pair_in_a_chat_ends_with_the_end_of_turn():
     assert shown(pair("1?", "2"), tokenizer) == f"<|im_start|>user\n1?<|im_end|>\n{QWEN3}⟦2<|im_end|>⟧"
     assert shown(pair("1?", "2<|im_end|>"), tokenizer).endswith("⟦2<|im_end|>⟧")
     mistral = chats.with_template(chats.MISTRAL, bos_token="<|bos|>")
-    assert shown(pair("1?", "2"), mistral) == "<|bos|>[INST] 1? [/INST]⟦2 <|eos|>⟧"
+    assert shown(pair("1?", "2"), mistral) == "<|bos|>[INST] 1? [/INST]⟦ 2 <|eos|>⟧"
 
 
 def test_pair_without_a_template():

@@ -24,6 +24,15 @@ def read(root, path, **given):
     return list(examples.read(source(path, **given), root))
 
 
+def test_texts_are_taken_out_of_every_column(tmp_path):
+    name = write(tmp_path / "a.jsonl", {"question": "<q>1</q>?", "answer": ["<q>", 2, {"<q>": "x<q>y</q>"}]})
+    given = source(name, prompt="{question}", completion="{answer[2]}", remove=("<q>", "</q>"))
+    (row,) = examples.rows(given, tmp_path)
+    assert row.columns == {"question": "1?", "answer": ["", 2, {"<q>": "xy"}]}
+    (bare,) = examples.rows(source(name), tmp_path)
+    assert bare.columns["question"] == "<q>1</q>?"
+
+
 USER, ASSISTANT = {"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}
 
 

@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
+import chats
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,7 +220,75 @@ def test_two_branch_checkpoints_become_roles(two_branches, golden, tmp_path):
     for role in roles:
         convert.export(tmp_path / "checkpoint", tmp_path / role, role)
         assert "num_sub_models" not in json.loads((tmp_path / role / "config.json").read_text())
+        card = (tmp_path / role / "README.md").read_text()
+        assert f"# {role}\n" in card and "| λ of the two branches | 0.42 |" in card and "converted" in card
         same_bits(roles[role], wmss.load(tmp_path / role)[1])
+
+
+def verdicts(directory):
+    return [(text, good) for text, good in convert.check(directory)]
+
+
+def test_check_lists_every_tensor_that_does_not_fit_and_writes_nothing(copy):
+    source = copy("qwen3/tied")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    tensors |= {"model.layers.7.stray": np.zeros(2, np.float32), "model.norm.weight": np.ones(31, np.float32)}
+    save_file(tensors, source / "model.safetensors")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()}
+    first, *rest = verdicts(source)
+    assert first == ("import: 3 tensors of the file are not those that config.json asks for", False)
+    assert rest == [
+        ("- model.layers.0.mlp.up_proj.weight: file none, config [48, 32]", False),
+        ("+ model.layers.7.stray: file [2], config none", False),
+        ("! model.norm.weight: file [31], config [32]", False),
+    ]
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()} == before
+
+
+def test_check_tells_an_export_that_differs(copy, monkeypatch):
+    source, save = copy("qwen3/bf16"), hf.save
+
+    def badly(model, params, out, **settings):
+        scale = params["final_norm"]["scale"]
+        save(model, params | {"final_norm": {"scale": scale + jnp.ones_like(scale)}}, out, **settings)
+
+    monkeypatch.setattr(hf, "save", badly)
+    assert [line for line in verdicts(source) if not line[1]] == [
+        ("export and re-import: parameters DIFFER", False),
+        ("files: 1 of 25 tensors DIFFER", False),
+        ("! model.norm.weight: source bfloat16[32], export bfloat16[32], other bits", False),
+    ]
+
+
+def test_check_on_two_branches_and_on_a_tokenizer(two_branches, copy):
+    found = verdicts(two_branches)
+    assert all(good for _, good in found)
+    assert [text.split(":")[0] for text, _ in found] == [
+        f"{role} {step}" for role in ("weak", "strong")
+        for step in ("import", "forward", "export and re-import", "files")
+    ]  # fmt: skip
+    source = copy("qwen3/untied")
+    chats.of_family("qwen3").save_pretrained(source)
+    assert verdicts(source)[-1] == ("tokenizer: 363 tokens in 120 rows, too few", False)
+
+
+def test_check_asks_for_room(golden, monkeypatch):
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    with pytest.raises(ValueError, match=r"is checked with an export of .* GB in .*, where 0 GB are free; set TMPDIR"):
+        next(convert.check(golden / "qwen3/tied"))
+
+
+def test_generation_stops_where_answers_were_trained_to_end(tmp_path):
+    write = lambda name, **keys: (tmp_path / name).write_text(json.dumps(keys))
+    read = lambda stop: json.loads(hf.generation_config(tmp_path, stop))
+    assert read(7) == {"eos_token_id": 7}
+    write("config.json", eos_token_id=5, bos_token_id=1, hidden_size=3)
+    assert read(5) == {"bos_token_id": 1, "eos_token_id": 5}
+    assert read(7) == {"bos_token_id": 1, "eos_token_id": [5, 7]}
+    write("generation_config.json", eos_token_id=[5, 6], top_k=20, bos_token_id=2)
+    assert read(6) == {"bos_token_id": 2, "eos_token_id": [5, 6], "top_k": 20}
+    assert read(7)["eos_token_id"] == [5, 6, 7]
 
 
 def wmss_command(*args):

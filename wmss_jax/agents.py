@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from wmss_jax import arms
 from wmss_jax.models import CausalLM
 from wmss_jax.models.lora import Lora
 from wmss_jax.stages import ModelRef
@@ -52,13 +53,12 @@ def whole(
             that is done once; if in every step, it is the step's to call.
     """
     frozen = [role for role in refs if role not in trained]
-    load = lambda role: refs[role].load_head(mesh) if role in cached else refs[role].load(mesh)[1]
-    models = {role: ref.model for role, ref in refs.items()}
+    models = {role: ref.model.base for role, ref in refs.items()}  # adapters come merged
     if source is not None:
         models["weak"] = source.model(models["strong"])
 
     def load_frozen() -> dict[str, PyTree[Array]]:
-        loaded = {role: load(role) for role in frozen}
+        loaded = {role: _load(refs[role], mesh, role in cached) for role in frozen}
         if source is None or source.moving:
             return loaded
         shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, loaded["weak"])
@@ -66,7 +66,7 @@ def whole(
         return {**loaded, "weak": make(loaded)}
 
     return Agents(
-        models=models,
+        models=arms.sharing_tokens(models),
         trained=lambda: {role: refs[role].load(mesh, param_dtype)[1] for role in trained},
         frozen=load_frozen,
     )
@@ -83,17 +83,14 @@ def adapted(
 ) -> Agents:
     """Return agents that share the strong one's base; trained ones have adapters, fresh where they come without.
 
-    A frozen one that is neither that base nor an adapter on it, such as a teacher, is whole.
+    A frozen one that is neither that base nor an adapter on it, such as a teacher, has its own parameters beside it.
     """
     base = refs["strong"].base or refs["strong"]
     fresh = dataclasses.replace(base.model, lora=lora)
-    with_adapter = {role for role, ref in refs.items() if ref.base is not None and role not in cached}
-    apart = {
-        role for role, ref in refs.items()
-        if ref != base and ref.base is None and role not in cached and role not in trained
-    }  # fmt: skip
-    own = with_adapter | apart
-    models = {role: ref.model if role in own else base.model for role, ref in refs.items()}
+    apart = {role for role, ref in refs.items() if role not in trained and base not in (ref, ref.base)}
+    with_adapter = {role for role, ref in refs.items() if ref.base is not None and role not in cached | apart}
+    models = {role: ref.model if role in with_adapter else base.model for role, ref in refs.items()}
+    models |= {role: refs[role].model.base for role in apart}  # an adapter from elsewhere comes merged
 
     def adapter(role: str) -> PyTree[Array]:
         if role in with_adapter:
@@ -102,12 +99,16 @@ def adapted(
         return fresh.init(key, param_dtype, mesh)
 
     return Agents(
-        models={**models, **dict.fromkeys(trained, fresh)},
+        models=arms.sharing_tokens({**models, **dict.fromkeys(trained, fresh)}),
         trained=lambda: {role: adapter(role) for role in trained},
         frozen=lambda: (
             {"base": base.load(mesh)[1]}
             | {role: adapter(role) for role in with_adapter if role not in trained}
-            | {role: refs[role].load(mesh)[1] for role in apart}
+            | {role: _load(refs[role], mesh, role in cached) for role in apart}
         ),
         base=base,
     )
+
+
+def _load(ref: ModelRef, mesh: Mesh | None, head_only: bool) -> PyTree[Array]:
+    return ref.load_head(mesh) if head_only else ref.load(mesh)[1]

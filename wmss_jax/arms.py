@@ -3,8 +3,12 @@
 What makes no sense together is refused here, where the objectives are known, before anything is made.
 """
 
+import dataclasses
+from collections.abc import Mapping
+
 from wmss_jax import config
 from wmss_jax.config import ConfigError
+from wmss_jax.models import CausalLM
 from wmss_jax.neftune import Neftune
 from wmss_jax.objectives import OBJECTIVES, ControlledMix, LogitMix, Objective, SelfDistill
 from wmss_jax.weak_source import EarlyExit, Ema, Interpolation, Noise, Source
@@ -64,3 +68,11 @@ def neftune(stage: config.StageConfig) -> Neftune | None:
     """Return the noise on a stage's embeddings; None where there is none."""
     wanted = stage.neftune
     return None if wanted is None or wanted.alpha == 0 else Neftune(wanted.alpha, wanted.length)
+
+
+def sharing_tokens(models: Mapping[str, CausalLM]) -> dict[str, CausalLM]:
+    """Return the models as knowing those tokens alone that all have a row for, where their paddings differ."""
+    if len({model.vocabulary for model in models.values()}) == 1:
+        return dict(models)
+    tokens = min(model.vocabulary[0] for model in models.values())
+    return {role: dataclasses.replace(model, vocab_size=tokens) for role, model in models.items()}

@@ -514,8 +514,9 @@ class RunConfig(Section):
         for name, arm in self.arms().items():
             own = self.joint if name == "joint" else self.controls[name]
             self._check_arm("joint" if name == "joint" else f"controls.{name}", arm, own.curriculum is not None)
-        if self.joint.weak.cache and self.rounds > 1:
-            raise ValueError("joint.weak.cache: is of one weak agent, and rounds > 1 have several; leave it out")
+        for name in ("cache", "path"):
+            if getattr(self.joint.weak, name) and self.rounds > 1:
+                raise ValueError(f"joint.weak.{name}: is of one weak agent, and rounds > 1 have several; leave it out")
         optimizers = [self.optimizer, *(stage.optimizer for stage in stages if stage.optimizer)]
         if self.eval.keep_best and any(optimizer.ema_decay for optimizer in optimizers):
             raise ValueError(
@@ -530,6 +531,11 @@ class RunConfig(Section):
     def _check_arm(self, where: str, arm: JointConfig, has_curriculum: bool) -> None:
         if has_curriculum and not arm.resample:
             raise ValueError(f"{where}.curriculum: nothing is drawn by it; set resample to true")
+        if self.lora is not None and arm.weak.path is not None and arm.weak.trainable:
+            raise ValueError(
+                f"{where}.weak.trainable: adapters are of one base, so with lora a weak agent from elsewhere stays "
+                "frozen"
+            )
         if self.lora is not None and arm.weak.source.name not in CHECKPOINTS:
             raise ValueError(
                 f"{where}.weak.source: {arm.weak.source.name} is made of whole models' parameters; with lora use base "

@@ -1,15 +1,20 @@
 """`wmss convert`: Hugging Face directories to checkpoints of roles and back, and a check of both directions."""
 
+import json
+import math
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
-from wmss_jax import hf, roles, sharding, tensorfile
+from wmss_jax import card, checkpoint, encoding, hf, roles, sharding, tensorfile, tokenizer
+from wmss_jax.models import CausalLM
 from wmss_jax.stages import ModelRef
 
 
@@ -45,8 +50,8 @@ def export(source: str | os.PathLike, out: str | os.PathLike, role: str = "stron
         ValueError: the checkpoint is damaged or has no such role.
     """
     model, params = ModelRef(Path(source), role).load(_mesh())
-    assets = Path(source) / roles.ASSETS
-    hf.save(model, params, out, tokenizer_from=assets if assets.is_dir() else None)
+    assets, files = Path(source) / roles.ASSETS, card.files(Path(out).name, checkpoint.read_meta(source))
+    hf.save(model, params, out, tokenizer_from=assets if assets.is_dir() else None, files=files)
 
 
 def _mesh() -> Mesh | None:
@@ -57,48 +62,105 @@ def _mesh() -> Mesh | None:
 def check(source: str | os.PathLike) -> Iterator[tuple[str, bool]]:
     """Yield one verdict a line, (text, whether it is good), on importing a directory, running it and exporting it.
 
-    Writes to a temporary directory only.
+    Writes to a temporary directory only. Of what does not fit, each tensor has its line: - only config.json has it,
+    + only the file has it, ! both do, and differ.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or it has no config.json or no safetensors.
+        ValueError: the temporary directory has no room for an export.
     """
     directory = hf.resolve(source)
+    tensors = tensorfile.tensors(directory)
+    _check_room(directory, tensors)
     try:
-        model, params = hf.load(directory)
-    except (ValueError, FileNotFoundError) as error:
+        if hf.is_two_branch(directory):
+            model, branches, _ = hf.load_branches(directory)
+        else:
+            model, params = hf.load(directory)
+            branches = {"": params}
+    except hf.TensorMismatch as error:
+        yield f"import: {len(error.lines)} tensors of the file are not those that config.json asks for", False
+        yield from ((line, False) for line in error.lines)
+        return
+    except ValueError as error:
         yield f"import: {error}", False
         return
+    for role, params in branches.items():
+        prefix = hf.BRANCHES[role] if role else ""
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for verdict, good in _check_model(model, params, directory, own):
+            yield f"{role} {verdict}".strip(), good
+    if any((directory / name).exists() for name in tokenizer.FILES):
+        yield _check_tokenizer(model, directory)
+
+
+def _check_room(directory: Path, tensors: Mapping[str, tensorfile.Tensor]) -> None:
+    needed = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    scratch = tempfile.gettempdir()
+    if needed > (free := shutil.disk_usage(scratch).free):
+        raise ValueError(
+            f"{directory}: is checked with an export of {needed / 1e9:.3g} GB in {scratch}, where {free / 1e9:.3g} GB "
+            f"are free; set TMPDIR to a directory with more"
+        )
+
+
+def _check_model(
+    model: CausalLM, params: PyTree[jax.Array], directory: Path, tensors: dict[str, tensorfile.Tensor]
+) -> Iterator[tuple[str, bool]]:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    yield (
-        f"import: {model.arch}, {count:,} parameters, {', '.join(sorted(set(dict(model.file_dtypes).values())))}",
-        True,
-    )
+    dtypes = ", ".join(sorted(set(dict(model.file_dtypes).values())))
+    yield f"import: {model.arch}, {count:,} parameters, {dtypes}", True
     tokens = np.arange(8, dtype=np.int32)[None] % model.config.sizes["V"]
     logits = np.asarray(jax.jit(model.logits)(params, tokens))
-    yield (
-        f"forward: logits {list(logits.shape)}, standard deviation {logits.std():.3g}",
-        bool(np.isfinite(logits).all()),
-    )
+    spread = f"standard deviation {logits.std():.3g}"
+    yield f"forward: logits {list(logits.shape)}, {spread}", bool(np.isfinite(logits).all())
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "export"
         hf.save(model, params, out, tokenizer_from=directory)
-        _, again = hf.load(out)
-        same = all(map(_same_bits, jax.tree.leaves(params), jax.tree.leaves(again)))
+        again, params_again = hf.load(out)
+        same = all(map(_same_bits, jax.tree.leaves(params), jax.tree.leaves(params_again))) and again == model
         yield f"export and re-import: parameters {'bit-identical' if same else 'DIFFER'}", same
-        yield _compare_files(tensorfile.tensors(directory), tensorfile.tensors(out))
+        yield from _compare_files(tensors, tensorfile.tensors(out))
 
 
-def _compare_files(theirs: dict[str, tensorfile.Tensor], ours: dict[str, tensorfile.Tensor]) -> tuple[str, bool]:
+def _compare_files(
+    theirs: Mapping[str, tensorfile.Tensor], ours: Mapping[str, tensorfile.Tensor]
+) -> Iterator[tuple[str, bool]]:
     """Compare what was exported with the source, tensor by tensor; the source may repeat a tied head."""
-    differ = [
-        name
-        for name, tensor in ours.items()
-        if name not in theirs
-        or tensor.dtype != theirs[name].dtype
-        or not _same_bits(tensor.read(), theirs[name].read())
-    ]
+    differ = []
+    for name, tensor in ours.items():
+        if name not in theirs:
+            differ.append(f"+ {name}: source none, export {_shown(tensor)}")
+        elif (_shown(theirs[name]), theirs[name].read().tobytes()) != (_shown(tensor), tensor.read().tobytes()):
+            differ.append(f"! {name}: source {_shown(theirs[name])}, export {_shown(tensor)}, other bits")
     left_out = sorted(theirs.keys() - ours.keys())
     note = f"; left out: {', '.join(left_out)}" if left_out else ""
-    if differ:
-        return f"files: DIFFER in {', '.join(differ)}{note}", False
-    return f"files: {len(ours)} tensors bit-identical to the source's{note}", True
+    same = f"{len(ours)} tensors bit-identical to the source's{note}"
+    yield (f"files: {len(differ)} of {len(ours)} tensors DIFFER{note}", False) if differ else (f"files: {same}", True)
+    yield from ((line, False) for line in differ)
+
+
+def _shown(tensor: tensorfile.Tensor) -> str:
+    return f"{tensor.dtype}{list(tensor.shape)}"
+
+
+def _check_tokenizer(model: CausalLM, directory: Path) -> tuple[str, bool]:
+    """Return what is to be said of a directory's tokenizer: whether it fits the model, and what ends an answer."""
+    try:
+        made = tokenizer.load(directory)
+    except ValueError as error:
+        return f"tokenizer: {error}", False
+    said = f"tokenizer: {len(made):,} tokens in {model.sizes['V']:,} rows"
+    if len(made) > model.sizes["V"]:
+        return f"{said}, too few", False
+    try:
+        end = encoding.stop_token(made, chat_template=made.chat_template is not None)
+    except ValueError as error:
+        return f"{said}; {error}", True
+    ends = json.loads(hf.generation_config(directory, end))["eos_token_id"]
+    known = hf.stops(directory)
+    note = "" if end in known else f", which its generation settings {known} do not stop at: an export here has {ends}"
+    return f"{said}; an answer ends with {made.convert_ids_to_tokens(end)!r} ({end}){note}", True
 
 
 def _same_bits(a: np.ndarray | jax.Array, b: np.ndarray | jax.Array) -> bool:

@@ -138,6 +138,8 @@ def prepare(
 def _identity(source: Any, root: str | os.PathLike) -> dict[str, Any]:
     names = ("messages", "text", "prompt", "completion", "limit")
     given = {name: getattr(source, name, None) for name in names}
+    if remove := getattr(source, "remove", None):
+        given["remove"] = remove
     return given | {"content": examples.digest(source, root), "kind": "".join(Path(source.path).suffixes)}
 
 

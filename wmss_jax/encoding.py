@@ -4,6 +4,8 @@ The mask that is made here marks completion targets: the tokens of the answers, 
 always taken over these; the loss is, too, or over all tokens (`loss_mask`). Ids of padding or EOS never decide.
 """
 
+import datetime
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +15,10 @@ from jaxtyping import Bool, Int32, Shaped
 if TYPE_CHECKING:
     from wmss_jax.examples import Example
 
+# Templates that write today's date (Llama 3, SmolLM3) are told this one, which Llama's fall back to: a recipe gives the
+# same tokens on every day.
+TODAY = datetime.datetime(2024, 7, 26)
+_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _MARK, _LONGER = "\ue000", "\ue001"  # private-use characters, which no template treats in any special way
 
 
@@ -26,10 +32,12 @@ class Encoded(NamedTuple):
 class ChatFormat(NamedTuple):
     """What a chat template puts around an answer: "<|im_start|>assistant\\n" before, "<|im_end|>" (stop) after it.
 
-    `end` is everything from the answer's last character to the end of `stop`, the first special token there.
+    `end` is everything from the answer's last character to the end of `stop`, the first special token there. Where the
+    template has no header for an answer that is awaited (Mistral), `lead` is what it then puts before the answer.
     """
 
     header: str
+    lead: str
     end: str
     stop: str
     stop_id: int
@@ -125,8 +133,11 @@ def stop_token(tokenizer: Any, *, chat_template: bool = True) -> int:
     return chat_format(tokenizer).stop_id if chat_template else _eos(tokenizer)
 
 
-def chat_format(tokenizer: Any) -> ChatFormat:
+def chat_format(tokenizer: Any, system: str | None = None) -> ChatFormat:
     """Return what the tokenizer's chat template puts around an answer, found by rendering a small chat.
+
+    Args:
+        system: system message of the chats that are meant: it may decide how an answer begins (SmolLM3's /no_think).
 
     Raises:
         ValueError: there is no template, or no special token ends an answer, so that generation would never stop.
@@ -136,11 +147,12 @@ def chat_format(tokenizer: Any) -> ChatFormat:
             "the tokenizer has no chat template: set chat_template to false (prompts with completions need none), "
             "or take a tokenizer that has one"
         )
-    question = [{"role": "user", "content": "x"}]
+    question = _with_system([{"role": "user", "content": "x"}], system)
     asked, waiting = _render(question, tokenizer), _render(question, tokenizer, add_generation_prompt=True)
     header = waiting[len(_common_start(asked, 0, waiting)) :]
     answered = _render([*question, {"role": "assistant", "content": _MARK}], tokenizer)
-    _, found, rest = answered.partition(_MARK)
+    before, found, rest = answered.partition(_MARK)
+    lead = "" if header or not before.startswith(waiting) else before[len(waiting) :]
     special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [(rest.find(content), -len(content), content) for content in special if content in rest]
     if not found or not ends:
@@ -150,7 +162,7 @@ def chat_format(tokenizer: Any) -> ChatFormat:
             "such as EOS ends an answer, or set chat_template to false"
         )
     at, _, stop = min(ends)
-    return ChatFormat(header, rest[:at] + stop, stop, special[stop])
+    return ChatFormat(header, lead, rest[:at] + stop, stop, special[stop])
 
 
 # -- prompts with completions, and texts ------------------------------------------------------------------------------
@@ -183,12 +195,14 @@ def _two_texts(
         _refuse_system_prompt(system_prompt)
         return example.prompt, example.completion
     completion = example.completion if example.completion.endswith(format_.stop) else example.completion + format_.end
-    return _prompt_text(example.prompt, tokenizer, system_prompt), completion
+    return _prompt_text(example.prompt, tokenizer, system_prompt), format_.lead + completion
 
 
 def _prompt_text(prompt: str, tokenizer: Any, system_prompt: str | None) -> str:
     messages = _with_system([{"role": "user", "content": prompt}], system_prompt)
-    return _render(messages, tokenizer, add_generation_prompt=True)
+    text = _render(messages, tokenizer, add_generation_prompt=True)
+    _check_system(messages, text, tokenizer)
+    return text
 
 
 def _refuse_system_prompt(system_prompt: str | None) -> None:
@@ -215,13 +229,30 @@ def _encode_chats(
     examples: Sequence["Example"], tokenizer: Any, format_: ChatFormat | None, system_prompt: str | None
 ) -> Iterable[Encoded]:
     assert format_ is not None
-    rendered = [_located(example, answer_spans, example, tokenizer, format_, system_prompt) for example in examples]
+    formats = {None: format_}
+    of_each = [_located(example, _format_of, example, tokenizer, system_prompt, formats) for example in examples]
+    rendered = [
+        _located(example, answer_spans, example, tokenizer, format_, system_prompt)
+        for example, format_ in zip(examples, of_each, strict=True)
+    ]
     batch = _tokenize([text for text, _ in rendered], tokenizer, return_offsets_mapping=True)
-    for example, (_, spans), ids, offsets in zip(
-        examples, rendered, batch["input_ids"], batch["offset_mapping"], strict=True
+    for example, format_, (_, spans), ids, offsets in zip(
+        examples, of_each, rendered, batch["input_ids"], batch["offset_mapping"], strict=True
     ):
         tokens = np.array(ids, np.int32)
         yield Encoded(tokens, _located(example, _spans_mask, tokens, np.array(offsets), spans, format_))
+
+
+def _format_of(
+    example: "Example", tokenizer: Any, system_prompt: str | None, known: dict[str | None, ChatFormat]
+) -> ChatFormat:
+    """Return the format of a chat; the `known` ones, by system message, get those that are new."""
+    assert example.messages is not None
+    first = _with_system(example.messages, system_prompt)[0]
+    system = first["content"] if first["role"] == "system" else None
+    if system not in known:
+        known[system] = chat_format(tokenizer, system)
+    return known[system]
 
 
 def answer_spans(
@@ -244,6 +275,7 @@ def answer_spans(
     messages = _with_system(example.messages, system_prompt)
     trained_from = example.trained_from + len(messages) - len(example.messages)
     full = _render(messages, tokenizer)
+    _check_system(messages, full, tokenizer)
     mark = _MARK
     while mark in full:
         mark += _LONGER
@@ -260,7 +292,7 @@ def answer_spans(
         header = full.rfind(format_.header, at, same) if format_.header else -1
         if header < 0 and same - at < until - at_marked:
             raise ValueError(where.format("changes what stands before"))
-        start = same if header < 0 else header + len(format_.header)
+        start = same - len(format_.lead) if header < 0 else header + len(format_.header)
         at = _after(full, format_.stop, start, where)
         at_marked = _after(marked, format_.stop, until, where)
         if mark in marked[until + len(mark) : at_marked]:  # that is the end of a later answer
@@ -315,6 +347,15 @@ def _after(text: str, stop: str, start: int, where: str) -> int:
     return found + len(stop)
 
 
+def _check_system(messages: Sequence[Mapping[str, Any]], text: str, tokenizer: Any) -> None:
+    """Raise ValueError if the template says nothing of the system message (Mistral's, unless an answer is awaited)."""
+    first, *others = messages
+    if first["role"] != "system" or first["content"].strip() in text:
+        return
+    if _render(others, tokenizer) == text or _render(others, tokenizer, add_generation_prompt=True) == text:
+        raise ValueError("the chat template leaves out the system message; write it into the first question")
+
+
 def _with_system(messages: Sequence[Mapping[str, Any]], system_prompt: str | None) -> list[dict[str, Any]]:
     has_one = system_prompt is None or messages[0]["role"] == "system"
     return [*([] if has_one else [{"role": "system", "content": system_prompt}]), *map(dict, messages)]
@@ -328,8 +369,9 @@ def _render(messages: Sequence[Mapping[str, Any]], tokenizer: Any, add_generatio
 
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt,
+            chat_template=_DATE.sub(lambda call: repr(TODAY.strftime(call[2])), tokenizer.get_chat_template()),
+        )  # fmt: skip
     except (TemplateError, TypeError, ValueError) as error:
         raise ValueError(f"the chat template refuses this chat: {' '.join(str(error).split())}") from error
 

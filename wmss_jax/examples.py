@@ -3,12 +3,13 @@
     for example in examples.read(source, root="data"):
         example.prompt, example.completion, example.location      # "2 + 3?", "5", "data/train.jsonl:1"
 
-A source is any object with `path` and, where needed, `split, messages, text, prompt, completion, answer, limit` (see
-`config.SourceConfig`). Every error is one line that begins with the place: FILE:LINE of a JSONL file, else FILE:row N,
-both counted from 1.
+A source is any object with `path` and, where needed, `split, messages, text, prompt, completion, answer, remove, limit`
+(see `config.SourceConfig`). Every error is one line that begins with the place: FILE:LINE of a JSONL file, else
+FILE:row N, both counted from 1.
 """
 
 import difflib
+import functools
 import gzip
 import hashlib
 import itertools
@@ -138,14 +139,23 @@ def rows(source: Any, root: str | os.PathLike) -> Iterator[Row]:
     """
     place, prefix = _place(source, root), location_prefix(source, root)
     numbered = _hub_rows(place, source) if isinstance(place, str) else _file_rows(place)
-    count = 0
+    count, remove = 0, _given(source, "remove") or ()
     for number, columns in itertools.islice(numbered, _given(source, "limit")):
         if not isinstance(columns, Mapping):
             raise ValueError(f"{prefix}{number}: expected an object with columns, got {_short(columns)}")
         count += 1
-        yield Row(columns, number, f"{prefix}{number}")
+        yield Row(_without(columns, remove), number, f"{prefix}{number}")
     if not count:
         raise ValueError(f"{place}: the data set is empty; give it at least one row")
+
+
+def _without(value: Any, remove: Sequence[str]) -> Any:
+    """Return what a column holds with those texts taken out of its strings."""
+    if isinstance(value, str):
+        return functools.reduce(lambda text, gone: text.replace(gone, ""), remove, value)
+    if isinstance(value, Mapping):
+        return {key: _without(inner, remove) for key, inner in value.items()} if remove else value
+    return [_without(inner, remove) for inner in value] if remove and isinstance(value, list) else value
 
 
 def location_prefix(source: Any, root: str | os.PathLike) -> str:

@@ -1,11 +1,12 @@
 """The shipped model: the strong role alone, as a Hugging Face directory."""
 
+import contextlib
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, hf, objectives, peft, stages
+from wmss_jax import card, checkpoint, config, encoding, hf, objectives, peft, stages
 from wmss_jax.runs import Run
 from wmss_jax.stages import ModelRef
 
@@ -30,7 +31,8 @@ def export(run: Run, ref: ModelRef, objective: objectives.Objective) -> str:
         stages.clear_partial(out)
         if not out.exists():
             model, adapter = ref.load_stored(run.mesh)
-            peft.save(model, adapter, out, base=str(run.recipe.model.path), tokenizer_from=ref.assets)
+            base = str(run.recipe.model.path)
+            peft.save(model, adapter, out, base=base, tokenizer_from=ref.assets, files=_files(run, ref))
         return {"export": str(out)}
 
     def write_model() -> dict[str, Any]:
@@ -40,13 +42,27 @@ def export(run: Run, ref: ModelRef, objective: objectives.Objective) -> str:
             last = jnp.int32(checkpoint.read_meta(ref.directory)["step"])
             params = scale_logits(params, float(objectives.at(lam, last)))
         if not out.exists():
-            hf.save(model, params, out, tokenizer_from=ref.assets)
+            hf.save(model, params, out, tokenizer_from=ref.assets, files=_files(run, ref))
         return {"export": str(out)}
 
     inputs = {"model": ref.digest, "calibrate": calibrate, "lam": repr(lam)}
     if run.recipe.export.format == "adapter":
         return run.stage("export", {**inputs, "format": "adapter"}, write_adapter, out)["export"]
     return run.stage("export", inputs, write_model, out)["export"]
+
+
+def _files(run: Run, ref: ModelRef) -> dict[str, str]:
+    """Return the model card, the recipe, and generation settings that stop where answers were trained to end."""
+    facts = {
+        "recipe": f"digest {config.digest(run.recipe)}",
+        "calibration": "λ folded into the final norm" if run.recipe.export.calibrate == "lambda" else None,
+    }
+    files = card.files(run.work.absolute().name, checkpoint.read_meta(ref.directory), facts)
+    stop_id = run.tokenizer.eos_token_id
+    if run.recipe.dataset.chat_template and run.tokenizer.chat_template is not None:
+        with contextlib.suppress(ValueError):  # texts may be trained on with a template that is none for answers
+            stop_id = encoding.stop_token(run.tokenizer)
+    return files if stop_id is None else {**files, "generation_config.json": hf.generation_config(ref.assets, stop_id)}
 
 
 def scale_logits(params: PyTree[Array], factor: float) -> PyTree[Array]:

@@ -28,7 +28,27 @@ CARRIED = (
 MAX_SHARD_BYTES = 5 * 10**9
 # Keys that the released two-branch checkpoints add to a Qwen3 config (their EnsembleQwen3/modeling_qwen3.py).
 _BRANCH_KEYS = ("num_sub_models", "is_llmboost", "sub_model_cfgs", "fusion_lambda")
-_BRANCHES = {"weak": "sub_models.0.", "strong": "sub_models.1."}
+BRANCHES = {"weak": "sub_models.0.", "strong": "sub_models.1."}
+
+
+class TensorMismatch(ValueError):
+    """The tensors of a file are not those that its config.json asks for; `lines` has one for each, both sides of it."""
+
+    def __init__(
+        self, directory: Path, arch: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    ):
+        missing = sorted(expected.keys() - found.keys())
+        extra = sorted(found.keys() - expected.keys())
+        misshaped = [name for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]]
+        sides = {name: f"file {list(found[name])}, config {list(expected[name])}" for name in misshaped}
+        self.lines = [
+            *(f"- {name}: file none, config {list(expected[name])}" for name in missing),
+            *(f"+ {name}: file {list(found[name])}, config none" for name in extra),
+            *(f"! {name}: {both}" for name, both in sides.items()),
+        ]
+        listed = {"missing": missing, "extra": extra, "misshaped": [f"{name} ({both})" for name, both in sides.items()]}
+        said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in listed.items() if names)
+        super().__init__(f"{directory}: tensors and config.json ({arch}) do not match: {said}")
 
 
 def load(
@@ -89,12 +109,12 @@ def load_branches(
     directory = resolve(path_or_hub_id)
     hf = read_config(directory)
     tensors = tensorfile.tensors(directory)
-    stray = [name for name in tensors if not name.startswith(tuple(_BRANCHES.values()))]
+    stray = [name for name in tensors if not name.startswith(tuple(BRANCHES.values()))]
     if stray:
         raise ValueError(f"{directory}: not a two-branch checkpoint: extra {', '.join(stray)}")
     model = from_config({key: value for key, value in hf.items() if key not in _BRANCH_KEYS})
     roles = {}
-    for role, prefix in _BRANCHES.items():
+    for role, prefix in BRANCHES.items():
         branch = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         model, roles[role] = _read(model, directory, branch, mesh, dtype)
     return model, roles, float(hf.get("fusion_lambda", 0.5))
@@ -111,6 +131,7 @@ def save(
     out_dir: str | os.PathLike,
     *,
     tokenizer_from: str | os.PathLike | None = None,
+    files: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a Hugging Face directory that transformers, vLLM and lm-eval load, each tensor in its source's dtype.
@@ -122,6 +143,7 @@ def save(
         out_dir: must not exist, or be empty.
         tokenizer_from: directory or hub id to copy tokenizer, template and generation files from, and those keys of
             config.json that say nothing about the architecture (token ids, for instance).
+        files: {name: text} of further files, such as a model card; they replace those that are copied.
 
     Raises:
         FileExistsError: `out_dir` holds something.
@@ -138,6 +160,7 @@ def save(
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if source is not None:
             carry(source, directory)
+        write_texts(directory, files or {})
         sizes = {
             name: math.prod(row.their_shape(model.config.sizes)) * jnp.dtype(dtypes[row.path]).itemsize
             for row in model.rows
@@ -213,6 +236,39 @@ def carry(source: Path, directory: Path) -> None:
             shutil.copyfile(source / name, directory / name)
 
 
+def write_texts(directory: Path, files: Mapping[str, str]) -> None:
+    """Write text files, {name: text}."""
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def generation_config(source: Path, stop_id: int) -> str:
+    """Return generation_config.json of what was trained from a directory: its own, with `stop_id` among the ends.
+
+    What a base model ends a text with is often not what its answers were trained to end with: served without the
+    latter, it would answer without an end.
+    """
+    said, config = _generation_settings(source)
+    ends = stops(source)
+    ids = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+    ends = ends if stop_id in ends else [*ends, stop_id]
+    whole = {**ids, **said, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    return json.dumps(whole, indent=2) + "\n"
+
+
+def stops(source: Path) -> list[int]:
+    """Return the tokens that generation stops at by a directory's generation_config.json or config.json."""
+    said, config = _generation_settings(source)
+    ends = said.get("eos_token_id", config.get("eos_token_id"))
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _generation_settings(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    file = source / "generation_config.json"
+    said = read_config(file) if file.exists() else {}
+    return said, read_config(source) if (source / "config.json").exists() else {}
+
+
 @contextlib.contextmanager
 def new_directory(out_dir: str | os.PathLike) -> Iterator[Path]:
     """Give a directory to fill that takes its final name only when the block ends without an error.
@@ -274,19 +330,9 @@ def _check_names_and_shapes(model: CausalLM, directory: Path, tensors: dict[str,
                 f"{directory}: config.json ties {row.name} to {embed.name}, but the file holds different values; "
                 f"set tie_word_embeddings to false, or remove {row.name}"
             )
-    extra = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
-    problems = {
-        "missing": [name for name in expected if name not in tensors],
-        "extra": extra,
-        "misshaped": [
-            f"{name} (file {list(tensors[name].shape)}, config {list(shape)})"
-            for name, shape in expected.items()
-            if name in tensors and tensors[name].shape != shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"{directory}: tensors and config.json ({model.arch}) do not match: {listed}")
+    found = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if any(found.get(name) != expected.get(name) for name in {**found, **expected}):
+        raise TensorMismatch(directory, model.arch, found, expected)
 
 
 def _their_tensors(model: CausalLM, params: PyTree, dtypes: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:

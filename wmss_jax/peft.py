@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from jaxtyping import Array, PyTree
@@ -18,6 +19,7 @@ def save(
     *,
     base: str,
     tokenizer_from: str | os.PathLike | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter directory; it appears whole or not at all.
 
@@ -25,6 +27,7 @@ def save(
         model: with `lora`.
         base: Hugging Face directory or hub id that the adapter is loaded onto, as the config file says it.
         tokenizer_from: directory to copy tokenizer and template files from.
+        files: {name: text} of further files, such as a model card.
 
     Raises:
         FileExistsError: `out_dir` holds something.
@@ -52,3 +55,4 @@ def save(
         save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
         if tokenizer_from is not None:
             hf.carry(Path(tokenizer_from), directory)
+        hf.write_texts(directory, files or {})

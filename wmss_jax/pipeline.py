@@ -87,7 +87,7 @@ def _run(
         _check_agents(run, name, found[name], base)
     # Of M0 before the SFT: a cache that is refused, or for which there is no room, should not come to light after it.
     of_base = [name for name in wanted.get(1, []) if recipe.arms()[name].weak.source.step is None]
-    hidden = {name: _hidden_states(run, 1, name, found[name], base) for name in of_base}
+    hidden = {name: _hidden_states(run, 1, name, found[name], weak_agent(run, name, base)) for name in of_base}
     lineage = [base, _sft(run, base)]
     finals = {"M0": lineage[0], "M1": lineage[1]}
     summary: dict[str, Any] = {"curriculum": {}}
@@ -119,13 +119,9 @@ def _check_agents(run: Run, name: str, objective: objectives.Objective, base: Mo
     wanted, total = stage.weak.source.step, _plan(run, "sft", run.recipe.sft).total_steps
     if wanted is not None and wanted > total:
         raise ValueError(f"{where}.weak.source.step: {wanted}, and the SFT stage has {total} steps")
-    if "teacher" in objective.roles:
-        teacher, ours = run.ref(str(stage.teacher)).model.vocabulary, base.model.vocabulary
-        if teacher != ours:
-            raise ValueError(
-                f"{where}.teacher: {stage.teacher} has a vocabulary of {teacher} (tokens, rows), the model of {ours}; "
-                "only with the same tokenizer can one learn from the other"
-            )
+    for role, key, path in (("weak", "weak.path", stage.weak.path), ("teacher", "teacher", stage.teacher)):
+        if role in objective.roles and path is not None:
+            run.other(path, f"{where}.{key}")  # its vocabulary is compared
 
 
 # -- training stages ------------------------------------------------------------------------------------------------
@@ -165,12 +161,15 @@ def _sft(run: Run, base: ModelRef) -> ModelRef:
 
 
 def weak_agent(run: Run, name: str, weak: ModelRef) -> ModelRef:
-    """Return the checkpoint that an arm's weak agent is, or is made of: M_{t-1}, or a step of the SFT.
+    """Return the model that an arm's weak agent is, or is made of: M_{t-1}, a step of the SFT, or one from elsewhere.
 
     Raises:
         ValueError: the SFT was finished without keeping that step.
     """
-    step = run.recipe.arms()[name].weak.source.step
+    wanted = run.recipe.arms()[name].weak
+    if wanted.path is not None:
+        return run.ref(wanted.path)
+    step = wanted.source.step
     if step is None:
         return weak
     root = run.work / "sft" / "checkpoints"
@@ -295,7 +294,7 @@ def _work(
         meta={
             "recipe": recipe.model_dump(mode="json"),
             "stage": name,
-            "lineage": {**lineage, **extra, "objective": repr(objective)},
+            "lineage": {**lineage, **extra, "objective": repr(objective), "data": run.dataset.fingerprint},
             **({"base": found.base.described()} if found.base is not None else {}),
         },
         assets=run.work / "assets",

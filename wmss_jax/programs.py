@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from wmss_jax import arms, config, flops, hf, objectives, optim, sharding, step
+from wmss_jax import arms, checkpoint, config, flops, hf, objectives, optim, roles, sharding, step
 from wmss_jax.models import CausalLM
 from wmss_jax.models.lora import Lora
 from wmss_jax.weak_source import Ema
@@ -48,93 +48,106 @@ def of(recipe: config.RunConfig, name: Step, mesh: Mesh) -> Program:
         ValueError: the mesh does not divide the batch or the model, or the model is none that is implemented.
     """
     m, parts = recipe.model, recipe.train.micro_batches
-    settings = hf.read_config(Path(m.config) if m.config is not None else hf.resolve(str(m.path)))
-    model = hf.from_config(settings, compute_dtype=m.compute_dtype, remat=m.remat, attention=m.attention)
-    # Frozen weights are held as they are stored: a checkpoint's as its config.json says, ones made here as trained.
-    said = settings.get("dtype") or settings.get("torch_dtype") or m.compute_dtype
-    stored = m.param_dtype if recipe.pretrain is not None else str(said)
+    own = _Stored.of(recipe, hf.read_config(Path(m.config) if m.config is not None else hf.resolve(str(m.path))))
+    if recipe.pretrain is not None:
+        own = own._replace(dtype=m.param_dtype)  # what is made here is stored as it is trained
     if name == "score":
-        return _score(recipe, model, stored, mesh)
+        return _score(recipe, own, mesh)
     _check_rows("dataset.batch_size", recipe.dataset.batch_size, parts, mesh)
     if name == "sft":
-        return _train(recipe, model, stored, mesh, objectives.Sft(), ("strong",), recipe.sft)
-    objective = arms.objective(recipe, "joint")
-    return _train(recipe, model, stored, mesh, objective, arms.trained(recipe.joint, objective), recipe.joint)
+        return _train(recipe, {"strong": own}, mesh, objectives.Sft(), ("strong",), recipe.sft)
+    joint, objective = recipe.joint, arms.objective(recipe, "joint")
+    paths = {"weak": joint.weak.path, "teacher": joint.teacher}
+    given = {role: paths.get(role) for role in objective.roles}
+    models = {role: own if path is None else _Stored.of(recipe, _config_at(path), True) for role, path in given.items()}
+    return _train(recipe, models, mesh, objective, arms.trained(joint, objective), joint)
+
+
+class _Stored(NamedTuple):
+    """A model, and the dtype of its weights on disk, in which they are held while they are frozen."""
+
+    model: CausalLM
+    dtype: str
+    elsewhere: bool  # not the recipe's own model
+
+    @classmethod
+    def of(cls, recipe: config.RunConfig, settings: Mapping[str, Any], elsewhere: bool = False) -> "_Stored":
+        m = recipe.model
+        model = hf.from_config(settings, compute_dtype=m.compute_dtype, remat=m.remat, attention=m.attention)
+        return cls(model, str(settings.get("dtype") or settings.get("torch_dtype") or m.compute_dtype), elsewhere)
+
+
+def _config_at(path: str) -> dict[str, Any]:
+    """Return the config.json of a Hugging Face directory, a hub id or a checkpoint."""
+    assets = Path(path) / roles.ASSETS
+    return hf.read_config(assets if (Path(path) / checkpoint.META).exists() else hf.resolve(path))
 
 
 def _train(
-    recipe: config.RunConfig, model: CausalLM, stored: str, mesh: Mesh, objective: objectives.Objective,
+    recipe: config.RunConfig, stored: Mapping[str, _Stored], mesh: Mesh, objective: objectives.Objective,
     trained: tuple[str, ...], stage: config.StageConfig,
 ) -> Program:  # fmt: skip
     joint = stage if isinstance(stage, config.JointConfig) else None
-    cached = joint is not None and joint.weak.placement == "cached"
+    loop, d, own = recipe.train, recipe.dataset, stored["strong"]
     source = None if joint is None else arms.source(joint, objective)
-    loop, d = recipe.train, recipe.dataset
-    strong, rest = model, tuple(role for role in objective.roles if role not in trained)
+    rest = tuple(role for role in objective.roles if role not in trained)
+    cached = joint is not None and joint.weak.placement == "cached" and "weak" in rest
     batch = _batch(d.batch_size, d.seq_len, mesh)
-    whole = model.abstract(stored, mesh)
-    models, frozen = dict.fromkeys(objective.roles, model), dict.fromkeys(rest, whole)
-    if recipe.lora is not None:  # one base serves all roles
-        strong = dataclasses.replace(model, lora=Lora(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets))
-        frozen = {"base": whole}
-    # What the SFT made is as it was trained: whole, or an adapter.
-    for role in _of_sft(joint, rest):
-        models[role], frozen[role] = strong, strong.abstract(recipe.model.param_dtype, mesh)
+    frozen = {
+        role: stored[role].model.abstract(stored[role].dtype, mesh)
+        for role in rest if role != "weak" or source is None or source.of_base
+    }  # fmt: skip
+    models = {role: one.model for role, one in stored.items()}
     if source is not None:
-        models["weak"] = source.model(model)
-        frozen = {role: tree for role, tree in frozen.items() if role != "weak" or source.of_base}
-    if joint is not None and "teacher" in rest:
-        models["teacher"], dtype = _teacher(recipe, str(joint.teacher))
-        frozen["teacher"] = models["teacher"].abstract(dtype, mesh)
-    if cached and "weak" in rest:
-        batch["weak_hidden"] = _rows((d.batch_size, d.seq_len, model.sizes["D"]), jnp.bfloat16, mesh)
-        models["weak"] = model
-        if recipe.lora is None:
-            frozen["weak"] = {model.head_row.path: whole[model.head_row.path]}
+        models["weak"] = source.model(own.model)
+    if cached:
+        weak = models["weak"]
+        batch["weak_hidden"] = _rows((d.batch_size, d.seq_len, weak.sizes["D"]), jnp.bfloat16, mesh)
+        frozen["weak"] = {weak.head_row.path: frozen["weak"][weak.head_row.path]}
+    forward = {role: flops.forward(model, d.seq_len) for role, model in models.items()}
+    if recipe.lora is not None:  # one base serves all roles that are not from elsewhere
+        adapted = dataclasses.replace(own.model, lora=Lora(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets))
+        models |= dict.fromkeys(trained, adapted)
+        apart = {role: params for role, params in frozen.items() if stored[role].elsewhere}
+        frozen = {"base": own.model.abstract(own.dtype, mesh)} | apart
+    for role in _of_sft(joint, rest) - ({"weak"} if cached else set()):
+        models[role] = models["strong"]
+        frozen[role] = models["strong"].abstract(recipe.model.param_dtype, mesh)
+    models = arms.sharing_tokens(models)
     tx, _ = optim.make(recipe.optimizer, 1000)  # how many steps it plans for makes no difference here
     if isinstance(source, Ema):
         tx = optim.with_weak_average(tx, source.decay)
-    params = strong.abstract(recipe.model.param_dtype, mesh)
-    state = step.abstract_state(dict.fromkeys(trained, params), tx)
+    state = step.abstract_state({r: models[r].abstract(recipe.model.param_dtype, mesh) for r in trained}, tx)
     function = step.make_train_step(
-        {role: strong if role in trained else models[role] for role in objective.roles}, objective, tx, mesh=mesh,
-        micro_batches=loop.micro_batches, chunk_tokens=loop.head_chunk_tokens, z_loss=loop.z_loss,
-        diagnose_every=loop.diagnose_every_steps, seed=recipe.seed,
+        models, objective, tx, mesh=mesh, micro_batches=loop.micro_batches, chunk_tokens=loop.head_chunk_tokens,
+        z_loss=loop.z_loss, diagnose_every=loop.diagnose_every_steps, seed=recipe.seed,
         weak_source=source if source is not None and source.moving else None, neftune=arms.neftune(stage),
     )  # fmt: skip
     uses: dict[str, flops.Use] = dict.fromkeys(objective.roles, "resident")
     uses |= dict.fromkeys(trained, "trained" if recipe.lora is None else "adapted")
-    if cached and "weak" in rest:
+    if cached:
         uses["weak"] = "cached"
-    cost = flops.step(
-        [(flops.forward(models[role], d.seq_len), use) for role, use in uses.items()], remat=model.remat == "full"
-    )
+    cost = flops.step([(forward[role], use) for role, use in uses.items()], remat=own.model.remat == "full")
     return Program(
         function, (state, frozen, batch),
         {"parameters": state.params, "optimizer": state.opt_state, "frozen": frozen, "batch": batch},
-        model, d.batch_size, d.seq_len, cost,
+        own.model, d.batch_size, d.seq_len, cost,
     )  # fmt: skip
 
 
-def _of_sft(joint: config.JointConfig | None, frozen: tuple[str, ...]) -> list[str]:
-    """Return the frozen roles that are checkpoints of the SFT."""
+def _of_sft(joint: config.JointConfig | None, frozen: tuple[str, ...]) -> set[str]:
+    """Return the frozen roles that are checkpoints of the SFT: held as it trains them, whole or as adapters."""
     if joint is None:
-        return []
+        return set()
     is_one = {"reference": joint.reference == "start", "weak": joint.weak.source.step is not None}
-    return [role for role in frozen if is_one.get(role, False)]
+    return {role for role in frozen if is_one.get(role, False)}
 
 
-def _teacher(recipe: config.RunConfig, path: str) -> tuple[CausalLM, str]:
-    """Return a teacher's model, and the dtype that its weights are stored in."""
-    m, settings = recipe.model, hf.read_config(hf.resolve(path))
-    model = hf.from_config(settings, compute_dtype=m.compute_dtype, remat=m.remat, attention=m.attention)
-    return model, str(settings.get("dtype") or settings.get("torch_dtype") or m.compute_dtype)
-
-
-def _score(recipe: config.RunConfig, model: CausalLM, stored: str, mesh: Mesh) -> Program:
+def _score(recipe: config.RunConfig, own: _Stored, mesh: Mesh) -> Program:
+    model = own.model
     rows = recipe.score.batch_size or recipe.dataset.batch_size // recipe.train.micro_batches
     _check_rows("score.batch_size", rows, 1, mesh)
-    params, batch = model.abstract(stored, mesh), _batch(rows, recipe.dataset.seq_len, mesh)
+    params, batch = model.abstract(own.dtype, mesh), _batch(rows, recipe.dataset.seq_len, mesh)
     batch["wanted"] = _rows((rows, recipe.dataset.seq_len), jnp.bool_, mesh)
     function = jax.jit(functools.partial(step.score, model, mesh=mesh, chunk_tokens=recipe.train.head_chunk_tokens))
     cost = flops.step([(flops.forward(model, recipe.dataset.seq_len), "resident")])

@@ -56,6 +56,19 @@ class Run:
         is_checkpoint = (Path(model) / checkpoint.META).exists()
         return ModelRef(hf.resolve(model), "strong" if is_checkpoint else None, self.model_settings)
 
+    def other(self, model: str, key: str) -> ModelRef:
+        """Return `ref` of a model that is to meet the recipe's own, whose tokens it must know under the same ids.
+
+        Args:
+            key: of the recipe, that names the model.
+
+        Raises:
+            ValueError: its vocabulary is another one.
+        """
+        found = self.ref(model)
+        _check_vocabulary(self, found, f"{key}: {model}")
+        return found
+
     def encoded(self, sources: Sequence[config.SourceConfig]) -> data.Dataset:
         """Return other examples than the recipe's own, encoded alike."""
         return _encoded(self.recipe, self.tokenizer, sources)
@@ -102,6 +115,24 @@ def prepare(recipe: config.RunConfig, say: Callable[[str], None] = print) -> Run
     held_out = encoded(recipe.eval.data) if recipe.eval.data else None
     processes.check_alike({"data set": dataset.fingerprint})
     return Run(recipe, work, None if mesh.size == 1 else mesh, made, dataset, held_out, say)
+
+
+def _check_vocabulary(run: Run, other: ModelRef, name: str) -> None:
+    """Raise ValueError unless a model knows the recipe's tokens: compared one by one where its tokenizer is there."""
+    tokens, rows = len(run.tokenizer), other.model.vocabulary[0]
+    if tokens > rows:
+        raise ValueError(f"{name} has rows for {rows} tokens, the recipe's tokenizer has {tokens}; give another model")
+    if not any((other.assets / file).exists() for file in tokenizer.FILES):
+        run.say(f"{name} has no tokenizer: of its vocabulary only the size is known to fit")
+        return
+    differ, absent = tokenizer.differences(run.tokenizer, tokenizer.load(other.assets))
+    if differ:
+        raise ValueError(
+            f"{name} has another vocabulary: {len(differ)} tokens have other ids, e.g. {', '.join(differ[:3])}; logits "
+            f"of different vocabularies cannot be mixed, give a model with the recipe's"
+        )
+    if absent:
+        run.say(f"{name} was trained without {len(absent)} tokens of the recipe's tokenizer: {', '.join(absent[:8])}")
 
 
 def _say_nothing(line: str) -> None:
@@ -153,9 +184,9 @@ def _assets(recipe: config.RunConfig, work: Path) -> Any:
             else:
                 made = tokenizer.load(found)
                 hf.carry(found, new)
-            if len(made) > settings.get("vocab_size", 0):
+            if len(made) > (rows := hf.from_config(settings).sizes["V"]):
                 raise ValueError(
-                    f"the tokenizer has {len(made)} tokens, the model's vocabulary {settings.get('vocab_size')}: "
+                    f"the tokenizer has {len(made)} tokens, the model's vocabulary {rows}: "
                     f"raise vocab_size in config.json or lower model.tokenizer.vocab_size"
                 )
             (new / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -180,7 +211,7 @@ def _tokenizer_inputs(recipe: config.RunConfig, found: Path) -> dict[str, Any]:
     wanted = recipe.model.tokenizer
     crc = lambda content: f"{zlib.crc32(content):08x}"
     if not isinstance(wanted, config.TokenizerConfig):
-        if not any((found / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        if not any((found / name).exists() for name in tokenizer.FILES):
             raise ValueError(f"{found}: holds no tokenizer (tokenizer.json); say in model.tokenizer which to use")
         return {name: crc((found / name).read_bytes()) for name in hf.CARRIED if (found / name).exists()}
     texts = [

@@ -90,18 +90,23 @@ def score(run: Run, ref: ModelRef, keep: Callable[[int, np.ndarray], None] | Non
 def of_arms(
     run: Run, number: int, names: Sequence[str], weak: ModelRef, strong: ModelRef
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return ({arm: its sampling probabilities}, {round, and arm: report}) of the arms that draw by some."""
+    """Return ({arm: its sampling probabilities}, {round, and arm: report}) of the arms that draw by some.
+
+    The scores are those of M_t and of M_{t-1}, `strong` and `weak`, or of the arm's weak agent from elsewhere.
+    """
     found, controls = run.recipe.arms(), run.recipe.controls
+    weak_of = lambda name: weak if found[name].weak.path is None else run.ref(str(found[name].weak.path))
     probs, reports = {}, {}
     # Those without a curriculum of their own draw by the joint stage's, whether that does or not.
     shared = [name for name in names if name == "joint" or controls[name].curriculum is None]
     if any(found[name].resample for name in shared):
         c = run.recipe.joint.curriculum or run.recipe.curriculum
-        made, reports[f"round {number}"] = curriculum_of(run, number, weak, strong, c)
+        made, reports[f"round {number}"] = curriculum_of(run, number, weak_of("joint"), strong, c)
         probs = {name: made for name in shared if found[name].resample}
     for name in names:
         if name not in shared and (c := controls[name].curriculum) is not None:
-            probs[name], reports[f"round {number}, {name}"] = curriculum_of(run, number, weak, strong, c, name)
+            made, reports[f"round {number}, {name}"] = curriculum_of(run, number, weak_of(name), strong, c, name)
+            probs[name] = made
     return probs, reports
 
 

@@ -39,7 +39,15 @@ def _template(text: str) -> str:
     return text
 
 
+def _listed(given: Any) -> Any:
+    """What stands alone as a tuple of one, and a list as a tuple."""
+    if isinstance(given, list):
+        return tuple(given)
+    return (given,) if isinstance(given, str | Mapping | SourceConfig) else given
+
+
 Template = Annotated[str, AfterValidator(_template)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed, json_schema_input_type=Text | list[Text])]
 
 
 class SourceConfig(Section):
@@ -64,6 +72,9 @@ class SourceConfig(Section):
     """What it is to answer."""
     answer: Template | None = None
     """What a grader compares the answer with; training does not look at it."""
+    remove: Texts = ()
+    """Texts that are taken out of every column wherever they stand, such as [<think>, </think>]; what lies between them
+    stays. v2 does this for Gemma (E.4)."""
     limit: PositiveInt | None = None
     """Rows from the start that are used; null: all."""
 
@@ -81,12 +92,6 @@ class SourceConfig(Section):
 
 def _from_path(source: Any) -> Any:
     return {"path": source} if isinstance(source, str) else source
-
-
-def _listed(sources: Any) -> Any:
-    if isinstance(sources, list):
-        return tuple(sources)
-    return (sources,) if isinstance(sources, str | Mapping | SourceConfig) else sources
 
 
 def _trainable(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:

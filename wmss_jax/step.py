@@ -299,9 +299,10 @@ def _weighted_loss(
     # Frozen roles first: while they run nothing is kept for a backward pass yet, and of them only this is kept then.
     tokens_BT, hiddens = jax.lax.optimization_barrier((tokens_BT, hiddens))
     hiddens |= {role: hidden(role, tokens_BT) for role in objective.roles if role in params}
+    rows = max(model.sizes["V"] for model in by_role.values())
     value, metrics = head.loss(
         objective,
-        {role: model.unembed(whole[role]) for role, model in by_role.items()},
+        {role: _widened(model.unembed(whole[role]), rows) for role, model in by_role.items()},
         {role: hiddens[role] for role in objective.roles},
         head.Tokens(batch["targets"], batch["loss_weights"], batch["example_index"], batch["positions"]),
         trainable=frozenset(params),
@@ -335,15 +336,28 @@ def _whole(model: CausalLM, role: str, params: Mapping[str, PyTree[Array]]) -> P
     return params[role] if role in params else params["base"]
 
 
+def _widened(unembed_DV: Array, rows: int) -> Array:
+    """Return a head's matrix with columns of zeros up to `rows`: of another padding than another role's head.
+
+    They are beyond the tokens that exist, so that the head puts their logits out of reach.
+    """
+    missing = rows - unembed_DV.shape[1]
+    return unembed_DV if not missing else jnp.pad(unembed_DV, ((0, 0), (0, missing)))
+
+
 def _of_models(settings: head.Settings, models: Mapping[str, CausalLM]) -> head.Settings:
     """Return head settings with what the models know: the size of the vocabulary, and soft caps."""
     softcaps = tuple((role, model.softcap) for role, model in models.items() if model.softcap is not None)
-    first = next(iter(models.values()))
-    return dataclasses.replace(settings, vocab_size=first.vocab_size, softcaps=softcaps)
+    tokens = {model.vocabulary[0] for model in models.values()}
+    padded = any(model.sizes["V"] not in tokens for model in models.values())
+    return dataclasses.replace(settings, vocab_size=min(tokens) if padded else None, softcaps=softcaps)
 
 
 def check_roles(models: Models, objective: Objective, params: Mapping[str, Any]) -> None:
-    """Raise ValueError unless every role of the objective has parameters and all share one vocabulary."""
+    """Raise ValueError unless every role of the objective has parameters and all know as many tokens.
+
+    Their heads may have rows of padding beyond these, each as many as it likes.
+    """
     adapted = [role for role in objective.roles if _model(models, role).lora is not None]
     missing = [role for role in objective.roles if role not in params and (role in adapted or "base" not in params)]
     if adapted and "base" not in params:
@@ -355,10 +369,11 @@ def check_roles(models: Models, objective: Objective, params: Mapping[str, Any])
     first, *others = objective.roles
     sizes = {role: _model(models, role).vocabulary for role in objective.roles}
     for role in others:
-        if sizes[role] != sizes[first]:
+        if sizes[role][0] != sizes[first][0]:
             raise ValueError(
                 f"the vocabularies of two roles differ: {first} has {sizes[first]}, {role} has {sizes[role]} "
-                f"(tokens, rows); logits of different vocabularies cannot be mixed"
+                f"(tokens, rows); logits of different vocabularies cannot be mixed. Where only the padding differs, "
+                f"load both with vocab_size=n, the tokens that exist"
             )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a directory with none of them has no tokenizer
 PAD, EOS = "<|pad|>", "<|eos|>"
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 # What `train` gives its tokenizers. An answer ends with EOS; other turns end where the next role marker begins.
@@ -104,6 +105,24 @@ def fingerprint(tokenizer: Any) -> str:
     state["truncation"] = state["padding"] = None
     parts = [state, tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(ours: Any, theirs: Any) -> tuple[list[str], list[str]]:
+    """Return (the tokens and ids that contradict each other, as text; tokens that `theirs` has no id for).
+
+    Tokens that only `theirs` has, at ids that `ours` does not use, are no difference: they are never asked for.
+    """
+    known, other = ours.get_vocab(), theirs.get_vocab()
+    token_of = {id_: token for token, id_ in other.items()}
+    differ, absent = [], []
+    for token, id_ in sorted(known.items(), key=lambda item: item[1]):
+        if other.get(token, id_) != id_:
+            differ.append(f"{token!r} is {id_}, there {other[token]}")
+        elif token_of.get(id_, token) != token:
+            differ.append(f"{id_} is {token!r}, there {token_of[id_]!r}")
+        elif token not in other:
+            absent.append(repr(token))
+    return differ, absent
 
 
 def _require_fast(tokenizer: Any) -> None:

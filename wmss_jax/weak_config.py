@@ -53,6 +53,9 @@ class WeakSourceConfig(Section):
 class WeakConfig(Section):
     """The weak agent of the joint stage."""
 
+    path: Text | None = None
+    """Hugging Face directory, hub id or checkpoint of another weak agent than what the strong one was before, of any
+    size or family with the same vocabulary. The curriculum's scores are then its own, too; null (v1, v2, code): M0."""
     trainable: bool = False
     """Train the weak branch too and drop it afterwards. v1: false; v2 and code: true, and v2's Table 3 has it ahead of
     the frozen one by 5.6 (MATH500) and 0.3 (GSM8K) points."""
@@ -76,6 +79,8 @@ class WeakConfig(Section):
     @pydantic.model_validator(mode="after")
     def _what_goes_together(self) -> "WeakConfig":
         source = self.source.name
+        if self.path is not None and source != "base":
+            raise ValueError(f"path: names the weak agent, and source {source} would make it of another; give one")
         if self.placement == "cached" and self.trainable:
             raise ValueError("placement: cached needs a weak agent that stays as it is; set trainable to false")
         if self.placement == "cached" and source not in CHECKPOINTS:

@@ -232,7 +232,7 @@ class CausalLM:
 
     @property
     def vocabulary(self) -> tuple[int, int]:
-        """(tokens that exist, rows of the head); roles whose logits meet must agree in both."""
+        """(tokens that exist, rows of the head); roles whose logits meet must agree in the first."""
         rows = self.config.sizes["V"]
         return (rows if self.vocab_size is None else self.vocab_size, rows)
 
