@@ -1,4 +1,4 @@
-"""WMSS end to end for every family: a tiny recipe from M0 to what is shipped. Run: pytest tests/test_family_recipes.py"""
+"""WMSS end to end for every family: a tiny recipe from M0 to what is shipped."""
 
 import json
 from pathlib import Path
