@@ -193,6 +193,80 @@ def test_a_published_multimodal_config_leaves_most_to_its_family():
     assert config.rope == rope.Rope(1e6, rope.Linear(8.0)) and config.kinds[0].rope == rope.Rope(1e4)
 
 
+# Name and total parameters as their model cards and indices have them; what their config.json says, defaults left out.
+PUBLISHED = {
+    "Llama-3.1-8B": (8_030_261_248, {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "pretraining_tp": 1,
+        "rope_theta": 500000.0, "rope_scaling": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    }),
+    "Mistral-7B-v0.1": (7_241_732_096, {
+        "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "sliding_window": 4096,
+    }),
+    "Qwen2.5-3B": (3_085_938_688, {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
+        "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "max_window_layers": 36, "sliding_window": 32768, "use_sliding_window": False,
+        "tie_word_embeddings": True, "use_mrope": False,
+    }),
+    "gemma-2-9b": (9_241_705_984, {
+        "model_type": "gemma2", "vocab_size": 256000, "hidden_size": 3584, "intermediate_size": 14336,
+        "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
+        "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid",
+    }),
+    "gemma-3-1b": (999_885_952, {
+        "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912,
+        "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None,
+        "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "attn_logit_softcapping": None,
+    }),
+    "Qwen3-30B-A3B": (30_532_122_624, {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "mlp_only_layers": [],
+        "decoder_sparse_step": 1, "router_aux_loss_coef": 0.001, "output_router_logits": False, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "max_window_layers": 48, "use_sliding_window": False, "sliding_window": None,
+    }),
+    "Phi-4-mini": (3_836_021_760, {
+        "model_type": "phi3", "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096, "sliding_window": 262144, "tie_word_embeddings": True,
+        "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "resid_pdrop": 0.0,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+    }),
+    "SmolLM3-3B": (3_075_098_624, {
+        "model_type": "smollm3", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008,
+        "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000.0, "no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "pretraining_tp": 2,
+        "layer_types": ["full_attention"] * 36, "max_window_layers": 28, "use_sliding_window": False,
+    }),
+    "OLMo-2-1124-7B": (7_298_617_344, {
+        "model_type": "olmo2", "vocab_size": 100352, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-6,
+        "rope_theta": 500000, "rope_scaling": None, "tie_word_embeddings": False,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_and_give_the_published_number_of_parameters(name):
+    total, config = PUBLISHED[name]
+    model = hf.from_config(config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.abstract())) == total
+    again = hf.from_config(json.loads(json.dumps(ARCHS[model.arch].to_hf(model.config))))
+    assert again == model
+
+
 @pytest.mark.parametrize(
     "case, change, message",
     [

@@ -85,6 +85,7 @@ def check(source: str | os.PathLike) -> Iterator[tuple[str, bool]]:
     except ValueError as error:
         yield f"import: {error}", False
         return
+    tensors = hf.tensors_in(directory, hf.read_config(directory))  # by the names that they are exported under
     for role, params in branches.items():
         prefix = hf.BRANCHES[role] if role else ""
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

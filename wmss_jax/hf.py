@@ -361,7 +361,7 @@ def leaf_of(params: PyTree, row: Row) -> Array:
 def _merged_config(model: CausalLM, dtype: str, source: Path | None) -> dict[str, Any]:
     """Return our config over what the source's config.json says besides, in a form transformers 4 and 5 both read."""
     base = read_config(source) if source is not None and (source / "config.json").exists() else {}
-    base = {key: value for key, value in base.items() if key not in _BRANCH_KEYS}
+    base = {key: value for key, value in base.items() if key not in (*_BRANCH_KEYS, "auto_map")}
     base = multimodal.text_config(base)
     if base.get("model_type") != model.arch:
         base = {}

@@ -53,12 +53,12 @@ def from_hf(hf: dict) -> Config:
     hf_config.refuse_unimplemented(
         hf,
         only={
-            "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attention_dropout": 0.0,
-            "use_bidirectional_attention": False,
+            "hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh", "attention_bias": False,
+            "attention_dropout": 0.0, "use_bidirectional_attention": False,
         },
         known={
             "head_dim", "query_pre_attn_scalar", "sliding_window", "sliding_window_size", "layer_types",
-            "final_logit_softcapping", "attn_logit_softcapping", "cache_implementation", "hidden_act",
+            "final_logit_softcapping", "attn_logit_softcapping", "cache_implementation",
         },
     )  # fmt: skip
     hf = {**_DEFAULTS, **hf}

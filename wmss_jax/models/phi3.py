@@ -104,7 +104,7 @@ def from_hf(hf: dict) -> Config:
         hf,
         only={
             "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
+            "embd_pdrop": 0.0, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1,
         },
         known={"sliding_window", "original_max_position_embeddings", "partial_rotary_factor", "auto_map"},
     )  # fmt: skip

@@ -33,9 +33,12 @@ def from_hf(hf: dict) -> Config:
         hf,
         only={
             "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
-            "use_sliding_window": False, "pretraining_tp": 1,
+            "use_sliding_window": False,
         },
-        known={"sliding_window", "max_window_layers", "layer_types", "no_rope_layers", "no_rope_layer_interval"},
+        known={
+            "sliding_window", "max_window_layers", "layer_types", "no_rope_layers", "no_rope_layer_interval",
+            "pretraining_tp",  # see llama
+        },
     )  # fmt: skip
     hf = {**_DEFAULTS, **hf}
     layers = hf_config.required(hf)("num_hidden_layers")
