@@ -22,7 +22,6 @@ from wmss_jax.lab.results import Row
 from wmss_jax.lab.study import Study, digest, versions
 from wmss_jax.lab.workers import Failure, Run
 
-
 TABLE_COLUMNS = 132
 
 
