@@ -96,6 +96,11 @@ def test_mistakes_are_told_in_one_line_with_their_place(change, said):
     assert said in str(raised.value)
 
 
+def test_a_study_is_called_as_its_file(tmp_path):
+    (tmp_path / "sums.yaml").write_text(json.dumps(STUDY))
+    assert study.load(tmp_path / "sums.yaml").name == "sums"
+
+
 def test_length_may_differ_where_it_is_what_is_compared():
     assert changed("arms.wmss={joint: {steps: 12}}", "equal=nothing").arms["wmss"].joint.steps == 12
 

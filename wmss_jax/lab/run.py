@@ -22,6 +22,8 @@ from wmss_jax.lab.results import Row
 from wmss_jax.lab.study import Study, digest, versions
 from wmss_jax.lab.workers import Failure, Run
 
+TABLE_COLUMNS = 132
+
 
 def main(study: Study, count: int | None = None, say: Callable[[str], None] = print) -> int:
     """Carry a study out, print its table, and return the exit code: 1 if a run failed.
@@ -39,6 +41,7 @@ def main(study: Study, count: int | None = None, say: Callable[[str], None] = pr
     if rows:
         (work / f"{study.name}.md").write_text(table.text(rows, study.config, study.tests))
         console = Console(highlight=False, markup=False)
+        console.width = max(console.width, TABLE_COLUMNS)  # a table cut off says nothing, one that wraps can be read
         for part in table.terminal(rows, study.config, study.tests):
             console.print(part)
         say(f"rows: {work / study.name}.parquet; table: {work / study.name}.md")

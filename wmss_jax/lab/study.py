@@ -177,7 +177,7 @@ def load(source: str | PathLike[str] | Mapping[str, Any], overrides: Sequence[st
         ConfigError: everything that is wrong, one line per problem.
     """
     found = config.load(source, overrides, StudyConfig)
-    where, name = ("the study", "study") if isinstance(source, Mapping) else (str(source), Path(source).stem)
+    where, title = ("the study", "study") if isinstance(source, Mapping) else (str(source), Path(source).stem)
     data = found.recipe if isinstance(found.recipe, dict) else yamlfile.read(found.recipe)[0]
     if isinstance(found.recipe, dict) and (taken := [key for key in _THE_STUDY_S if key in data]):
         raise ConfigError(f"{where}: recipe.{taken[0]}: is the study's to set; leave it out")
@@ -192,7 +192,7 @@ def load(source: str | PathLike[str] | Mapping[str, Any], overrides: Sequence[st
             mistakes.append(str(error))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    study = Study(name, found, _keeping_steps(base, arms), arms)
+    study = Study(title, found, _keeping_steps(base, arms), arms)
     _check(study, where)
     return study
 
