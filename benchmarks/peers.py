@@ -25,7 +25,7 @@ WORKERS = Path(__file__).parent / "peer_workers"
 
 
 class Side(NamedTuple):
-    """One contestant: the environment it runs in (None: ours), its script and the script's further arguments."""
+    """One contestant: the environment it runs in (None: ours), its script and the script's arguments."""
 
     environment: str | None
     command: tuple[str, ...]
@@ -72,10 +72,9 @@ class Worker:
             python = str(environments.python_of(side.environment, _requirements(side.environment)))
         script, *arguments = side.command
         self._log = directory / f"{name}.log"
-        paths = [str(directory / part) for part in ("strong", "weak", "batch.npz")]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [python, str(WORKERS / script), *paths, *arguments],
+                [python, str(WORKERS / script), *arguments],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1,
             )  # fmt: skip
         self.versions = self._read()["versions"]
@@ -124,9 +123,11 @@ def write_inputs(directory: Path, args: argparse.Namespace) -> None:
 def start(directory: Path) -> tuple[dict[str, Worker], dict[str, list[dict[str, Any]]]]:
     """Return the workers that run and what they answered to their first steps; a peer that fails is left out."""
     workers, answers = {}, {}
+    inputs = [str(directory / part) for part in ("strong", "weak", "batch.npz")]
     for name, side in SIDES.items():
+        script, *arguments = side.command
         try:
-            worker = Worker(name, side, directory)
+            worker = Worker(name, side._replace(command=(script, *inputs, *arguments)), directory)
             answers[name] = [worker.step() for _ in range(WARMUP_STEPS)]
         except (RuntimeError, OSError) as error:
             if side.environment is None:
@@ -134,7 +135,7 @@ def start(directory: Path) -> tuple[dict[str, Worker], dict[str, list[dict[str, 
             timing.say(f"skipped {name}: {error}")
             continue
         workers[name] = worker
-        losses = ", ".join(f"{answer['loss']:.6f}" for answer in answers[name])
+        losses = ", ".join(f"{answer['result']:.6f}" for answer in answers[name])
         timing.say(f"{name}: losses {losses} ({timing.one_line(worker.versions)})")
     return workers, answers
 
@@ -143,7 +144,7 @@ def compare(name: str, times: dict[str, list[float]], answers: dict[str, list[di
     """Emit one comparison; with value null, if the two sides did not train the same thing."""
     peer, ours, target = COMPARISONS[name]
     first = zip(answers[peer][:WARMUP_STEPS], answers[ours][:WARMUP_STEPS], strict=True)
-    gaps = [abs(theirs["loss"] - mine["loss"]) for theirs, mine in first]
+    gaps = [abs(theirs["result"] - mine["result"]) for theirs, mine in first]
     gap, counts = max(gaps), all(gap <= LOSS_TOLERANCE for gap in gaps)  # not max(gaps) <= ...: it may miss a NaN
     if not counts:
         timing.say(f"{name} DOES NOT COUNT: losses differ by {gap:.1e}, allowed is {LOSS_TOLERANCE:.0e}")
@@ -158,7 +159,7 @@ def report(name: str, times: list[float], answers: list[dict[str, Any]]) -> None
     """Emit what one side needs by itself; on stderr also how much of the core it had: less than all is a neighbour."""
     seconds, peak = timing.spread(times), answers[-1]["peak_bytes"] / 2**30
     share = sum(answer["cpu_seconds"] for answer in answers) / sum(answer["seconds"] for answer in answers)
-    timing.say(f"{name}: {seconds} s a step, {share:.1%} of them on the core; last loss {answers[-1]['loss']:.6f}")
+    timing.say(f"{name}: {seconds} s a step, {share:.1%} of them on the core; last loss {answers[-1]['result']:.6f}")
     timing.emit(f"peers.{name}_seconds", seconds.median, target=None, better="lower", unit="s")
     timing.emit(f"peers.{name}_peak_memory", peak, target=None, better="lower", unit="GiB")
 

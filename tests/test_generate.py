@@ -14,6 +14,7 @@ import wmss_jax as wmss
 from wmss_jax import decoding, sampling
 from wmss_jax import generate as generation
 from wmss_jax.generate import generate
+from wmss_jax.models import ARCHS
 
 QWEN3 = Path(__file__).parent / "golden" / "qwen3"
 MODEL, PARAMS = wmss.load(QWEN3 / "untied")
@@ -82,7 +83,7 @@ def test_a_cache_in_another_dtype_keeps_the_activations_dtype():
     tokens_BT = np.arange(8, dtype=np.int32).reshape(2, 4)
     positions_BT = np.broadcast_to(np.arange(4, dtype=np.int32), (2, 4))
     hidden_BTD, cache = jax.jit(MODEL.decode)(PARAMS, tokens_BT, positions_BT, cache)
-    assert hidden_BTD.dtype == jnp.float32 and cache.k_BSKH.dtype == jnp.bfloat16
+    assert hidden_BTD.dtype == jnp.float32 and cache[0].k_BKHS.dtype == jnp.bfloat16
     np.testing.assert_allclose(hidden_BTD, jax.jit(MODEL.hidden)(PARAMS, tokens_BT), atol=0.3)
 
 
@@ -169,6 +170,28 @@ def test_mistakes_are_named(arguments, message):
         generate(MODEL, PARAMS, **arguments)
 
 
+FAMILIES = sorted((QWEN3.parent).glob("*/*/golden.npz"))
+FAMILIES = list(
+    {file.parent.parent.name: file.parent for file in FAMILIES if file.parent.parent.name in ARCHS}.values()
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("directory", FAMILIES, ids=lambda directory: directory.parent.name)
+def test_every_family_continues_as_its_full_forward_does(directory):
+    """Through two slots, so that prompts of different lengths stand side by side and rows are filled again."""
+    model, params = wmss.load(directory, dtype="float32")
+    rng, vocab = np.random.default_rng(0), model.vocabulary[0]
+    some = [rng.integers(0, vocab, length).tolist() for length in (3, 40, 17, 9)]
+    results = generate(model, params, some, max_new_tokens=20, stop_ids=(), batch_size=2)
+    whole = jax.jit(model.logits)
+    for prompt, tokens in zip(some, results, strict=True):
+        row = prompt + tokens
+        z_TV = np.asarray(whole(params, np.array([row + [0] * (64 - len(row))], np.int32)))[0, len(prompt) - 1 :]
+        for token, z_V in zip(tokens, z_TV, strict=False):
+            assert z_V[token] >= z_V.max() - 1e-4
+
+
 # -- compilations and sharding -----------------------------------------------------------------
 
 
@@ -211,7 +234,7 @@ def test_no_device_gathers_the_cache_or_the_logits():
         assert moved
         shapes = [tuple(map(int, shape.split(","))) for shape in moved if shape]
         assert not [shape for shape in shapes if (40 in shape and 12 in shape) or shape == (16, 120)], shapes
-        cache = jax.tree.leaves(slots.cache)[0]
+        cache = slots.caches[0].k_BKHS
         assert cache.addressable_shards[0].data.size == cache.size / 8, "the cache is split over batch and kv heads"
 
 

@@ -54,12 +54,12 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema({"objective": OBJECTIVES}), indent=2))
 
 
-def _join() -> Callable[[str], None]:
+def _join(end: str = "\n") -> Callable[[str], None]:
     """Join the other processes of this run, if it has several; return what prints a line, on the first of them."""
     from wmss_jax import processes
 
     processes.start()
-    return typer.echo if processes.first() else lambda line: None
+    return (lambda line: print(line, end=end, flush=True)) if processes.first() else lambda line: None
 
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe, a YAML file (see `wmss schema`).")]
@@ -108,6 +108,41 @@ def score(
     say = _join()
     pipeline.score_model(loaded, model, out, cache_hidden, say=say)
     say(f"wrote {out}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or checkpoint.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to answer; the answer is printed as it is made.")] = None,
+    file: Annotated[Path | None, typer.Option(help="JSONL of prompts; answers are printed as JSONL.")] = None,
+    template: Annotated[str, typer.Option(help="What of a row of the file is its prompt.")] = "{prompt}",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest, up to this probability.")] = None,
+    samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the draws; each prompt's number is added.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="First message of the chat.")] = None,
+    chat_template: Annotated[bool | None, typer.Option(help="Default: if the tokenizer has one.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Answers at once.")] = 64,
+) -> None:
+    """Print a model's answers to a prompt or to those of a file."""
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give one of --prompt and --file")
+    from wmss_jax import answers, sampling
+
+    say = _join(end="")
+    how = sampling.Sampling(temperature, top_k, top_p, samples)
+    settings = answers.Settings(
+        how, max_new_tokens, seed, tuple(stop or ()), chat_template, system_prompt, batch_size
+    )  # fmt: skip
+    if file is None:
+        answers.print_while_made(answers.Answerer(model, settings), prompt or "", say)
+        return
+    prompts = answers.read_prompts(file, template)
+    for line in answers.json_lines(answers.Answerer(model, settings), prompts):
+        say(f"{line}\n")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from wmss_jax import head, precision, sampling, sharding
-from wmss_jax.models import CausalLM
+from wmss_jax.models import CausalLM, layers
 from wmss_jax.models.layers import Cache
 
 
@@ -30,7 +30,7 @@ class Program(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The rows of a batch. All but the cache lies whole on every device.
+    """The rows of a batch. All but the caches lie whole on every device.
 
     Attributes:
         out_BM: the tokens that each row was given, `made_B` of them; the rest is noise.
@@ -39,7 +39,7 @@ class Slots(NamedTuple):
         seeds_B, samples_B: of the request in the slot; see `sampling.Draws`.
     """
 
-    cache: Cache
+    caches: tuple[Cache, ...]
     out_BM: Int[Array, "B M"]
     made_B: Int[Array, "B"]
     position_B: Int[Array, "B"]
@@ -84,10 +84,10 @@ def empty(params: PyTree[Array], *, program: Program, B: int, S: int, M: int) ->
     """Return B free slots for S tokens each, M of them new ones."""
     model = program.model
     with sharding.use(program.mesh):
-        cache = model.empty_cache(B, S, model.dtype(params))
+        caches = model.empty_cache(B, S, model.dtype(params))
         zeros = lambda dtype: jnp.zeros(B, dtype)
         slots = Slots(
-            cache, jnp.zeros((B, M), jnp.int32), zeros(jnp.int32), zeros(jnp.int32), zeros(bool), zeros(jnp.uint32),
+            caches, jnp.zeros((B, M), jnp.int32), zeros(jnp.int32), zeros(jnp.int32), zeros(bool), zeros(jnp.uint32),
             zeros(jnp.uint32),
         )  # fmt: skip
         return _whole(slots)
@@ -108,8 +108,8 @@ def read(
     R, T = prompts.tokens_RT.shape
     with sharding.use(mesh), precision.matmuls_in(model.dtype(params)):
         positions_RT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (R, T))
-        cache = model.empty_cache(R, T, model.dtype(params))
-        hidden_RTD, cache = model.decode(params, prompts.tokens_RT, positions_RT, cache)
+        caches = model.empty_cache(R, T, model.dtype(params))
+        hidden_RTD, caches = model.decode(params, prompts.tokens_RT, positions_RT, caches)
         last_R11 = jnp.maximum(prompts.lengths_R - 1, 0)[:, None, None]
         hidden_RD = jnp.take_along_axis(hidden_RTD, last_R11, axis=1)[:, 0]
         draws = sampling.Draws(prompts.seeds_R, prompts.samples_R, prompts.lengths_R)
@@ -117,7 +117,7 @@ def read(
         put = lambda old_B, new_R: old_B.at[prompts.slots_R].set(new_R, mode="drop")
         one_R = jnp.ones(R, jnp.int32)
         slots = Slots(
-            cache=_placed(slots.cache, cache, prompts.slots_R, mesh),
+            caches=_placed(slots.caches, caches, prompts.slots_R, mesh),
             out_BM=slots.out_BM.at[prompts.slots_R, 0].set(first_R, mode="drop"),
             made_B=put(slots.made_B, one_R),
             position_B=put(slots.position_B, prompts.lengths_R),
@@ -149,19 +149,20 @@ def advance(
     model = program.model
     with sharding.use(program.mesh), precision.matmuls_in(model.dtype(params)):
         unembed_DV = _head(params, model)
+        params = {**params, "layers": layers.apart(params["layers"], len(slots.caches))}
         M = slots.out_BM.shape[1]
 
         def add_token(turn: tuple[Array, Slots]) -> tuple[Array, Slots]:
             step, s = turn
             column_BM = jnp.arange(M, dtype=jnp.int32)[None]
             last_B = jnp.take_along_axis(s.out_BM, s.made_B[:, None] - 1, axis=1)[:, 0]
-            hidden_BTD, cache = model.decode(params, last_B[:, None], s.position_B[:, None], s.cache)
+            hidden_BTD, caches = model.decode(params, last_B[:, None], s.position_B[:, None], s.caches)
             draws = sampling.Draws(s.seeds_B, s.samples_B, s.position_B + 1)
             token_B = _next(program, numbers, hidden_BTD[:, 0], unembed_DV, draws)
             written_BM = (column_BM == s.made_B[:, None]) & s.going_B[:, None]
             made_B = s.made_B + s.going_B
             s = s._replace(
-                cache=cache,
+                caches=caches,
                 out_BM=jnp.where(written_BM, token_B[:, None], s.out_BM),
                 made_B=made_B,
                 position_B=s.position_B + s.going_B,
@@ -191,39 +192,40 @@ def _next(
     return sampling.pick(program.kind, numbers, logits_BV, draws)
 
 
-def _placed(cache: Cache, new: Cache, slots_R: Int[Array, "R"], mesh: Mesh | None) -> Cache:
-    """Return the cache with rows of another, shorter one in some of its slots; on every device its own."""
+def _placed(
+    caches: tuple[Cache, ...], new: tuple[Cache, ...], slots_R: Int[Array, "R"], mesh: Mesh | None
+) -> tuple[Cache, ...]:
+    """Return caches with rows of other, shorter ones in some of their slots; on every device its own."""
 
-    def place(cache: Cache, new: Cache, slots_R: Array) -> Cache:
-        B = cache.k_BSKH.shape[1]
+    def place(old: Array, new: Array, slots_R: Array) -> Array:
+        B = len(old)
 
-        def one(r: Array, cache: Cache) -> Cache:
-            def put(old: Array, new: Array) -> Array:
-                row = jax.lax.dynamic_slice_in_dim(new, r, 1, axis=1)
-                start = (0, jnp.minimum(slots_R[r], B - 1), 0, 0, 0)
-                there = jax.lax.dynamic_slice(old, start, row.shape)
-                return jax.lax.dynamic_update_slice(old, jnp.where(slots_R[r] < B, row, there), start)
+        def one(r: Array, old: Array) -> Array:
+            row = jax.lax.dynamic_slice_in_dim(new, r, 1)
+            start = (jnp.minimum(slots_R[r], B - 1), 0, 0, 0)
+            there = jax.lax.dynamic_slice(old, start, row.shape)
+            return jax.lax.dynamic_update_slice(old, jnp.where(slots_R[r] < B, row, there), start)
 
-            return jax.tree.map(put, cache, new)
-
-        return jax.lax.fori_loop(0, len(slots_R), one, cache)
+        return jax.lax.fori_loop(0, len(slots_R), one, old)
 
     if mesh is None:
-        return place(cache, new, slots_R)
-    B, shards = cache.k_BSKH.shape[1], sharding.batch_shards(mesh)
+        return jax.tree.map(lambda old, new: place(old, new, slots_R), caches, new)
+    shards = sharding.batch_shards(mesh)
 
-    def place_own(cache: Cache, new: Cache, slots_R: Array) -> Cache:
-        first = jax.lax.axis_index(sharding.BATCH_AXES) * (B // shards)
-        return place(cache, new, jnp.where(slots_R < B, slots_R - first, B))
+    def place_own(caches: tuple[Cache, ...], new: tuple[Cache, ...], slots_R: Array) -> tuple[Cache, ...]:
+        own = len(caches[0].k_BKHS)
+        first = jax.lax.axis_index(sharding.BATCH_AXES) * own
+        local_R = jnp.where(slots_R < own * shards, slots_R - first, own)
+        return jax.tree.map(lambda old, new: place(old, new, local_R), caches, new)
 
-    spec, rows = sharding.spec("L B S K H", sharding.ACTIVATION_AXES), P(sharding.BATCH_AXES)
-    return jax.shard_map(place_own, in_specs=(spec, spec, rows), out_specs=spec)(cache, new, slots_R)
+    spec, rows = sharding.spec("B K S H", sharding.ACTIVATION_AXES), P(sharding.BATCH_AXES)
+    return jax.shard_map(place_own, in_specs=(spec, spec, rows), out_specs=spec)(caches, new, slots_R)
 
 
 def _whole(slots: Slots) -> Slots:
-    """Return slots of which all but the cache lies whole on every device, for hosts to read."""
+    """Return slots of which all but the caches lies whole on every device, for hosts to read."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return slots
     whole = lambda x: jax.lax.with_sharding_constraint(x, P())
-    return slots._replace(**{name: whole(x) for name, x in slots._asdict().items() if name != "cache"})
+    return slots._replace(**{name: whole(x) for name, x in slots._asdict().items() if name != "caches"})

@@ -1,10 +1,10 @@
 """Continuations of prompts, on the parameters as they lie: batched, with a key-value cache, freed rows filled again."""
 
-import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -208,15 +208,14 @@ class _Batch:
                     slots_R[row], self._in_slot[slot] = slot, self._waiting.pop(0)
                     self._checked[slot], self._dropped_B[slot] = 0, False
         requests = [None if slot == B else self._in_slot[slot] for slot in slots_R]
-        prompts = _padded(requests, slots_R)
-        place = functools.partial(_placed, mesh=self._mesh)
+        prompts = decoding.Prompts(*(_placed(x, self._mesh) for x in _padded(requests, slots_R)))
         self._slots = decoding.read(
-            self._params, self._slots, decoding.Prompts(*map(place, prompts)), self._limits, self._numbers,
-            program=self._program,
+            self._params, self._slots, prompts, self._limits, self._numbers, program=self._program
         )  # fmt: skip
 
 
-def _padded(requests: Sequence[_Request | None], slots_R: np.ndarray) -> decoding.Prompts:
+def _padded(requests: Sequence[_Request | None], slots_R: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return the fields of `decoding.Prompts`."""
     lengths = [0 if request is None else len(request.tokens) for request in requests]
     tokens_RT = np.zeros((len(requests), bucket(max(lengths))), np.int32)
     seeds_R, samples_R = np.zeros(len(requests), np.uint32), np.zeros(len(requests), np.uint32)
@@ -224,8 +223,7 @@ def _padded(requests: Sequence[_Request | None], slots_R: np.ndarray) -> decodin
         if request is not None:
             tokens_RT[row, : lengths[row]] = request.tokens
             seeds_R[row], samples_R[row] = request.seed, request.sample
-    prompts: Any = decoding.Prompts(tokens_RT, np.array(lengths, np.int32), slots_R, seeds_R, samples_R)
-    return prompts
+    return tokens_RT, np.array(lengths, np.int32), slots_R, seeds_R, samples_R
 
 
 def bucket(n: int) -> int:
@@ -262,9 +260,9 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _placed(x: np.ndarray, mesh: Mesh | None) -> np.ndarray | Array:
+def _placed(x: np.ndarray, mesh: Mesh | None) -> Array:
     """Return rows split over the mesh's batch axes; every host holds all rows and gives its own."""
     if mesh is None:
-        return x
+        return jnp.asarray(x)
     rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
     return jax.make_array_from_callback(x.shape, rows, lambda index: x[index])

@@ -1,7 +1,7 @@
 """The side of a worker that all share: what to train, how, and the conversation with peers.py. Standard library only.
 
-A worker is started as `python SCRIPT STRONG_DIR WEAK_DIR BATCH_FILE`. It loads, says so in one line of JSON on stdout,
-and then takes one optimizer step for each line it reads.
+A worker is started as `python SCRIPT` with where its inputs lie. It loads, says so in one line of JSON on stdout, and
+then takes one step for each line it reads.
 """
 
 import importlib.metadata
@@ -20,13 +20,13 @@ os.dup2(2, 1)
 
 
 def serve(step, packages):
-    """Take a step for every line on stdin; `step` returns its loss when all of its work is done."""
+    """Take a step for every line on stdin; `step` returns its result, for JSON, when all of its work is done."""
     _answer({"versions": {name: importlib.metadata.version(name) for name in packages}})
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
-        loss = step()
+        result = step()
         seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-        _answer({"loss": loss, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": _peak_bytes()})
+        _answer({"result": result, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": _peak_bytes()})
 
 
 def _answer(answer):

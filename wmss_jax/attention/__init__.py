@@ -77,6 +77,23 @@ def attention(
     return _on_each_device(kernel, q_BTNH, k_BSKH, v_BSKH, first_keys(segments_BT, window))
 
 
+def attention_of_one(
+    q_B1NH: Float[Array, "B 1 N H"],
+    k_BKHS: Float[Array, "B K H S"],
+    v_BKSH: Float[Array, "B K S H"],
+    positions_B1: Int[Array, "B 1"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "B 1 N H"]:
+    """Return `attention` of one query a row, over keys and values of its own segment at positions 0, 1, 2, ...
+
+    One query leaves a kernel nothing to do: on all devices this is plain XLA.
+    """
+    return blockwise.of_one(q_B1NH, k_BKHS, v_BKSH, positions_B1, scale=scale, window=window, softcap=softcap)
+
+
 def backend_on(device: jax.Device | AbstractDevice, wanted: str | None = None) -> Backend:
     """Return the backend for a device, or `wanted` if it can run there.
 
@@ -131,4 +148,4 @@ def _on_each_device(kernel, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, rows_BT
     return mapped(q_BTNH, k_BTKH, v_BTKH, rows_BT)
 
 
-__all__ = ["Backend", "attention", "backend_on", "first_keys", "using"]
+__all__ = ["Backend", "attention", "attention_of_one", "backend_on", "first_keys", "using"]

@@ -46,6 +46,29 @@ def attention(
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :T]
 
 
+def of_one(
+    q_B1NH: Float[Array, "B 1 N H"],
+    k_BKHS: Float[Array, "B K H S"],
+    v_BKSH: Float[Array, "B K S H"],
+    positions_B1: Int[Array, "B 1"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "B 1 N H"]:
+    """Return `attention` of one query a row over keys and values at positions 0, 1, 2, ..., laid out for it."""
+    B, _, N, H = q_B1NH.shape
+    K, S = v_BKSH.shape[1:3]
+    back_BS = positions_B1 - jnp.arange(S, dtype=positions_B1.dtype)[None]
+    visible_BS = (back_BS >= 0) if window is None else (back_BS >= 0) & (back_BS < window)
+    q_BKGH = q_B1NH.reshape(B, K, N // K, H)
+    scores_BKGS = scale * jnp.einsum("BKGH,BKHS->BKGS", q_BKGH, k_BKHS, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores_BKGS = softcap * jnp.tanh(scores_BKGS / softcap)
+    probs_BKGS = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores_BKGS, _MASKED), axis=-1)
+    return jnp.einsum("BKGS,BKSH->BKGH", probs_BKGS.astype(v_BKSH.dtype), v_BKSH).reshape(B, 1, N, H)
+
+
 def _visible(
     segments_BT: Array, positions_BT: Array, kv_segments_BS: Array, kv_positions_BS: Array, window: int | None
 ) -> Array:

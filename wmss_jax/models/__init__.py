@@ -76,8 +76,8 @@ class CausalLM:
         params: PyTree[Array],
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        cache: layers.Cache,
-    ) -> tuple[Float[Array, "B T D"], layers.Cache]:
+        cache: tuple[layers.Cache, ...],
+    ) -> tuple[Float[Array, "B T D"], tuple[layers.Cache, ...]]:
         """Return `hidden` of tokens that follow those in the cache, and the cache with these added.
 
         The same function reads a prompt (T > 1, empty cache) and continues it (T = 1).
@@ -91,12 +91,13 @@ class CausalLM:
         with precision.matmuls_in(dtype):
             return self._merge(params).decode(tokens, positions, cache, dtype=dtype)
 
-    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype | str) -> layers.Cache:
-        """Return a cache for `batch` rows of up to `length` tokens, two arrays [L, B, S, K, H]."""
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype | str) -> tuple[layers.Cache, ...]:
+        """Return a cache for `batch` rows of up to `length` tokens, of every layer one."""
         sizes = {**self.config.sizes, "B": batch, "S": length}
-        shape = tuple(sizes[letter] for letter in "LBSKH")
-        zeros = lambda: sharding.constrain(jnp.zeros(shape, dtype), "L B S K H")
-        return layers.Cache(zeros(), zeros())
+        zeros = lambda letters: sharding.constrain(
+            jnp.zeros([sizes[letter] for letter in letters.split()], dtype), letters
+        )
+        return tuple(layers.Cache(zeros("B K H S"), zeros("B K S H")) for _ in range(sizes["L"]))
 
     def dtype(self, params: PyTree[Array]) -> jnp.dtype:
         """Return the dtype that activations are computed in."""

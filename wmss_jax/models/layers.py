@@ -11,6 +11,7 @@ computed in float32.
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -18,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from wmss_jax import sharding
-from wmss_jax.attention import attention
+from wmss_jax.attention import attention, attention_of_one
 from wmss_jax.models.lora import project
 
 # What a layer keeps for its backward pass: everything, the results of matmuls, or only its input.
@@ -109,14 +110,14 @@ def rotate(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], the
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far: slot s of a row holds the token at position s.
+    """Keys and values of a layer's tokens so far: slot s of a row holds the token at position s.
 
-    So positions alone say what is visible, and padding after a short prompt is overwritten by the
-    continuation before any query can see it. Of all layers: stacked along a leading axis L.
+    So positions alone say what is visible, and padding after a short prompt is overwritten by the continuation before
+    any query can see it. Keys lie across, so that both products of a decoding step run along what is in memory.
     """
 
-    k_BSKH: Float[Array, "*L B S K H"]
-    v_BSKH: Float[Array, "*L B S K H"]
+    k_BKHS: Float[Array, "B K H S"]
+    v_BKSH: Float[Array, "B K S H"]
 
 
 def cached_attention(
@@ -137,16 +138,20 @@ def cached_attention(
     """
     if cache is None:
         return attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, positions_BT, scale=scale), None
-    start_B = positions_BT[:, 0]
-    put = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
-    hold = lambda old, new: sharding.constrain(put(old, new.astype(old.dtype), start_B), "B S K H")
-    cache = Cache(hold(cache.k_BSKH, k_BTKH), hold(cache.v_BSKH, v_BTKH))
-    B, S = cache.k_BSKH.shape[:2]
+    start_B, dtype = positions_BT[:, 0], cache.k_BKHS.dtype
+    put = lambda axis: jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis))
+    k_BKHS = put(2)(cache.k_BKHS, jnp.transpose(k_BTKH, (0, 2, 3, 1)).astype(dtype), start_B)
+    v_BKSH = put(1)(cache.v_BKSH, jnp.transpose(v_BTKH, (0, 2, 1, 3)).astype(dtype), start_B)
+    cache = Cache(sharding.constrain(k_BKHS, "B K H S"), sharding.constrain(v_BKSH, "B K S H"))
+    keys, values = cache.k_BKHS.astype(q_BTNH.dtype), cache.v_BKSH.astype(q_BTNH.dtype)
+    if q_BTNH.shape[1] == 1:
+        return attention_of_one(q_BTNH, keys, values, positions_BT, scale=scale), cache
+    B, S = k_BKHS.shape[0], k_BKHS.shape[-1]
     slots_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BT.dtype)[None], (B, S))
     out_BTNH = attention(
         q_BTNH,
-        cache.k_BSKH.astype(q_BTNH.dtype),
-        cache.v_BSKH.astype(q_BTNH.dtype),
+        jnp.transpose(keys, (0, 3, 1, 2)),
+        jnp.transpose(values, (0, 2, 1, 3)),
         segments_BT,
         positions_BT,
         scale=scale,
@@ -154,6 +159,29 @@ def cached_attention(
         kv_positions_BS=slots_BS,
     )
     return out_BTNH, cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A parameter of stacked layers, each layer's an array of its own."""
+
+    arrays: tuple[Array, ...]
+
+    def __getitem__(self, layer: int) -> Array:
+        return self.arrays[layer]
+
+
+def apart(params: PyTree[Array], layers: int) -> PyTree:
+    """Return the parameters of stacked layers taken apart, a copy, where a program uses them many times one by one.
+
+    That is on a CPU, where XLA would cut them out of the stack for every token; other backends read them where they
+    lie.
+    """
+    platform = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
+    if platform != "cpu":
+        return params
+    return jax.tree.map(lambda x: Apart(tuple(x[layer] for layer in range(layers))), params)
 
 
 class GatedMLP(nnx.Module):
@@ -181,25 +209,34 @@ def scan(
     x_BTD: Float[Array, "B T D"],
     body: Callable,
     remat: str,
-    cache: Cache | None = None,
-) -> tuple[Float[Array, "B T D"], Cache | None]:
+    cache: tuple[Cache, ...] | None = None,
+) -> tuple[Float[Array, "B T D"], tuple[Cache, ...] | None]:
     """Return (x, cache) after `x, cache[l] = body(layer, x, cache[l])` for every stacked layer l.
 
-    Compiled once for all layers. Without a cache, `body` gets and returns None in its place.
+    Without a cache compiled once for all layers, and `body` gets and returns None in its place.
     """
     graphdef, params = nnx.split(layers)
+    if cache is not None:
+        # One by one: a scan would copy every layer's cache out of a stack of them and back, for each token.
+        caches = []
+        for number, layer_cache in enumerate(cache):
+            of_layer = lambda x, number=number: x[number]
+            layer = nnx.merge(graphdef, jax.tree.map(of_layer, params, is_leaf=lambda x: isinstance(x, Apart)))
+            x_BTD, layer_cache = body(layer, x_BTD, layer_cache)
+            x_BTD = sharding.constrain(x_BTD, "B T D")
+            caches.append(layer_cache)
+        return x_BTD, tuple(caches)
 
-    def step(x_BTD: Array, layer: tuple[nnx.State, Cache | None]) -> tuple[Array, Cache | None]:
-        layer_params, layer_cache = layer
-        x_BTD, layer_cache = body(nnx.merge(graphdef, layer_params), x_BTD, layer_cache)
-        return sharding.constrain(x_BTD, "B T D"), layer_cache
+    def step(x_BTD: Array, layer_params: nnx.State) -> tuple[Array, None]:
+        x_BTD, _ = body(nnx.merge(graphdef, layer_params), x_BTD, None)
+        return sharding.constrain(x_BTD, "B T D"), None
 
     if REMAT_POLICIES[remat] is not None:
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(step, x_BTD, (params, cache))
+    return jax.lax.scan(step, x_BTD, params)
 
 
 __all__ = [
-    "REMAT_POLICIES", "Cache", "GatedMLP", "RMSNorm", "attention", "cached_attention", "embed", "embedding_noise",
-    "matrix", "noised", "project", "rotate", "scan", "stack",
+    "REMAT_POLICIES", "Apart", "Cache", "GatedMLP", "RMSNorm", "apart", "attention", "cached_attention", "embed",
+    "embedding_noise", "matrix", "noised", "project", "rotate", "scan", "stack",
 ]  # fmt: skip

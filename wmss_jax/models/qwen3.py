@@ -143,10 +143,10 @@ class Model(nnx.Module):
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
-        cache: layers.Cache,
+        cache: tuple[layers.Cache, ...],
         *,
         dtype: jnp.dtype,
-    ) -> tuple[Float[Array, "B T D"], layers.Cache]:
+    ) -> tuple[Float[Array, "B T D"], tuple[layers.Cache, ...]]:
         """Return `hidden` of tokens that follow those in `cache`, and the cache with them added."""
         segments_BT = jnp.ones_like(tokens_BT)
         return self._run(tokens_BT, positions_BT, segments_BT, cache, dtype, "none")
@@ -156,7 +156,7 @@ class Model(nnx.Module):
         tokens_BT: Array,
         positions_BT: Array,
         segments_BT: Array,
-        cache: layers.Cache | None,
+        cache: tuple[layers.Cache, ...] | None,
         dtype: jnp.dtype,
         remat: str,
     ) -> tuple[Array, Any]:
