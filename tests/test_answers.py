@@ -1,7 +1,6 @@
 """`wmss generate`, and where answers end."""
 
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wmss_jax as wmss
-from wmss_jax import answers, endings, sampling
+from wmss_jax import answers, cli, endings, sampling
 from wmss_jax.answers import Answerer, Settings
 from wmss_jax.endings import StopTexts
 
@@ -139,18 +138,27 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 # -- the command -----------------------------------------------------------------------------------
 
 
-def test_the_command_prints_what_the_library_makes(directory, tmp_path, whole):
-    wmss_ = lambda *arguments: subprocess.run(
-        [sys.executable, "-m", "wmss_jax", "generate", str(directory), "--max-new-tokens", "24", *arguments],
-        capture_output=True,
-        text=True,
-    )
-    done = wmss_("--prompt", "2 + 3?")
-    assert (done.returncode, done.stdout) == (0, whole[1] + "\n"), done.stderr
+@pytest.fixture
+def command(directory, monkeypatch):
+    """Calls `wmss generate` in this process and returns its exit code."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["wmss", "generate", str(directory), "--max-new-tokens", "24", *arguments])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer replaces it
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code
+
+    return call
+
+
+def test_the_command_prints_what_the_library_makes(command, tmp_path, whole, capsys):
+    assert command("--prompt", "2 + 3?") == 0
+    assert capsys.readouterr().out == whole[1] + "\n"
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"q": "2 + 3?"}\n{"q": "1?"}\n')
-    done = wmss_("--file", str(rows), "--template", "{q}")
-    records = sorted(map(json.loads, done.stdout.splitlines()), key=lambda record: record["prompt"])
+    assert command("--file", str(rows), "--template", "{q}") == 0
+    records = sorted(map(json.loads, capsys.readouterr().out.splitlines()), key=lambda record: record["prompt"])
     assert [record["prompt"] for record in records] == [0, 1] and records[0]["text"] == whole[1]
 
 
@@ -163,13 +171,8 @@ def test_the_command_prints_what_the_library_makes(directory, tmp_path, whole):
         (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_mistakes_end_with_exit_code_2(directory, arguments, message, monkeypatch, capsys):
-    from wmss_jax import cli
-
-    monkeypatch.setattr(sys, "argv", ["wmss", "generate", str(directory), *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2 and message in capsys.readouterr().err
+def test_mistakes_end_with_exit_code_2(command, arguments, message, capsys):
+    assert command(*arguments) == 2 and message in capsys.readouterr().err
 
 
 def test_a_row_without_the_column_is_named(tmp_path):
