@@ -30,7 +30,7 @@ LAYERS = [
     ["arms"],
     ["step"],
     ["processes", "watchdog", "compilation", "tensorfile", "tracking", "tokenizer", "examples", "topologies"],
-    ["preemption", "streaming"],
+    ["preemption", "streaming", "evals.sandbox", "evals.inside"],
     ["hf", "encoding", "generate", "evals.graders"],
     ["endings"],
     ["checkpoint", "data", "evals.run", "peft"],
