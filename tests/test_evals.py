@@ -115,6 +115,20 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_file(exact, tmp_pa
         assert len(asked) == (10 if stop_after < 4 else 7)  # one batch was written, but for the line cut off
 
 
+def test_several_samples_differ_and_are_gone_on_with_together(exact, tmp_path):
+    wanted = [Item(PROMPT, Question(f"number {index}", "", "there")) for index in range(3)]
+    drawing = {"max_new_tokens": 6, "batch_size": 2, "asking": catalog.protocol("plain", temperature=1.0, samples=3)}
+    figures = answered(wanted, exact, tmp_path / "whole.jsonl", **drawing)
+    records = run.read(tmp_path / "whole.jsonl")
+    assert [(record.item, record.sample) for record in records] == list(itertools.product(range(3), repeat=2))
+    assert len({record.generation for record in records}) == 9  # the same prompt, and noise of its own each
+    assert figures["samples"] == 3 and {"pass@1", "pass@2", "majority@3"} <= figures.keys()
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl.partial").write_bytes(b"".join(lines[3:5]))  # two samples of the second item
+    answered(wanted, exact, tmp_path / "cut.jsonl", **drawing)
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_answers_to_other_questions_are_not_gone_on_with(exact, tmp_path):
     rows(tmp_path / "out.jsonl.partial", dataclasses.asdict(Record(0, 0, "", "another question", "", "", "", True)))
     with pytest.raises(ValueError, match="other questions"):

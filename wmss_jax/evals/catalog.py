@@ -110,7 +110,7 @@ class Protocol:
         seed: of that noise.
         system_prompt: first message of the chat; None: none.
         max_new_tokens: of every task; None: each task's own budget.
-        numbers_by: grader of the tasks whose own is numeric.
+        numbers_by: grader of those of the paper's tasks whose own is numeric.
     """
 
     temperature: float = 0.0

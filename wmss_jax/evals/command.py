@@ -109,7 +109,7 @@ def _place(model: str) -> tuple[Path, str | None]:
 
 
 def _graded_by(request: Request, task: Task) -> Task:
-    if task.grader == "numeric" and request.grader is None:
+    if task.grader == "numeric" and task.items is not None and request.grader is None:
         return dataclasses.replace(task, grader=request.protocol.numbers_by)
     return task
 
