@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PLAN_VENV := .venv-plan
 
-.PHONY: test test-fast test-chaos test-plan demo lint format constraints clean
+.PHONY: test test-fast test-chaos test-sandbox test-plan demo lint format constraints clean
 
 test: $(INSTALLED)  ## the whole suite, two workers
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -15,6 +15,9 @@ test-fast: $(INSTALLED)  ## without the tests marked slow
 
 test-chaos: $(INSTALLED)  ## kills in every phase, lost processes, other devices, damage, full disks; about eight minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -rP -m chaos tests/test_chaos.py
+
+test-sandbox: $(INSTALLED)  ## hostile programs, the sandbox then being required (apt-get install bubblewrap)
+	WMSS_REQUIRE_SANDBOX=1 $(BIN)/python -m pytest tests/test_sandbox.py
 
 test-plan: $(PLAN_VENV)/.installed  ## steps compiled for TPUs and GPUs that are not there; minutes each for the largest
 	JAX_PLATFORMS=cpu $(PLAN_VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \

@@ -212,7 +212,12 @@ BAD_SECTIONS = [
         {"eval": {"tasks": {"1": {"source": "a.json", "grader": "exact"}}}},
         "eval.tasks.1: not a name: a letter, then letters, digits and _",
     ),
-    (task(grader="math"), "eval.tasks.svamp.grader: expected 'exact', 'numeric' or 'equation', got 'math'"),
+    (
+        task(grader="best"),
+        "eval.tasks.svamp.grader: expected 'exact', 'numeric', 'equation', 'letter' or 'math', got 'best'",
+    ),
+    (task(grader=None), "eval.tasks.svamp: source needs a grader: when does an answer count?"),
+    (task(task="gsm8k"), "eval.tasks.svamp: give a task by name, or a source with a grader"),
     (
         task(source={"path": "a.jsonl", "answer": "{a}"}),
         "eval.tasks.svamp: source needs prompt and answer, or neither and rows with question and answer",
@@ -310,7 +315,8 @@ def test_arms_are_the_joint_stage_with_the_differences_of_the_controls(recipe):
 
 
 def test_graders_are_those_that_exist():
-    assert typing.get_args(config.TaskConfig.model_fields["grader"].annotation) == tuple(GRADERS)
+    named, _ = typing.get_args(config.TaskConfig.model_fields["grader"].annotation)
+    assert typing.get_args(named) == (*GRADERS, "math")
 
 
 def test_sections_are_frozen(recipe):
@@ -410,7 +416,8 @@ def sections(draw, model):
     if model is config.ControlConfig:
         drawn["resample"] = drawn.get("curriculum") is not None or draw(st.booleans())
     if model is config.TaskConfig:
-        drawn["source"] = {"path": "a.jsonl", "prompt": "{q}", "answer": "{a}"}
+        own = {"task": None, "grader": "exact", "source": {"path": "a.jsonl", "prompt": "{q}", "answer": "{a}"}}
+        drawn |= draw(st.sampled_from([own, {"task": "gsm8k", "source": None}]))
     if model is config.EvalConfig:
         drawn.setdefault("data", ["held_out.jsonl"])
     if model is RunConfig:
@@ -581,7 +588,7 @@ def test_schema_describes_every_field():
 def test_schema_takes_a_path_a_source_or_a_list():
     one = [{"$ref": "#/$defs/SourceConfig"}, {"minLength": 1, "type": "string"}]
     definitions = json_schema()["$defs"]
-    assert definitions["TaskConfig"]["properties"]["source"]["anyOf"] == one
+    assert definitions["TaskConfig"]["properties"]["source"]["anyOf"] == [*one, {"type": "null"}]
     for section, key in (("DatasetConfig", "train"), ("EvalConfig", "data")):
         several = {"items": {"anyOf": one}, "type": "array"}
         assert definitions[section]["properties"][key]["anyOf"] == [*one, several]

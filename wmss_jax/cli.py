@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(**_PLAIN, help="Checkpoints from and to the Hugging Face format.")
 app.add_typer(convert_app, name="convert")
+data_app = typer.Typer(**_PLAIN, help="Training data.")
+app.add_typer(data_app, name="data")
 
 
 def _print_version(wanted: bool) -> bool:
@@ -157,6 +159,49 @@ def inspect(
     pipeline.inspect(config.load(recipe, overrides or ()), show)
 
 
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or checkpoint.")],
+    task: Annotated[
+        list[str], typer.Option(help="gsm8k, humaneval, ..., reasoning_gym:NAME or FILE.jsonl; repeat it.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for answers and figures; the same command goes on there.")],
+    data: Annotated[Path | None, typer.Option(help="Directory with local copies of the data sets.")] = None,
+    protocol: Annotated[Literal["plain", "paper_v2", "paper_v1"], typer.Option(help="How to ask.")] = "plain",
+    samples: Annotated[int | None, typer.Option(help="Answers to each question.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: the most likely token each time.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens of this share.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of draws, and of procedural problems.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions from the start.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Instead of the protocol's or the task's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions side by side.")] = 64,
+    grader: Annotated[str | None, typer.Option(help="exact, numeric, equation, letter or math.")] = None,
+    chat: Annotated[bool | None, typer.Option(help="Ask through the chat template. Default: if there is one.")] = None,
+    unsafe_no_sandbox: Annotated[bool, typer.Option(help="Run generated programs as yourself.")] = False,
+) -> None:
+    """Ask a model the questions of benchmarks and grade its answers."""
+    from wmss_jax.evals import catalog, command
+
+    given = {"samples": samples, "temperature": temperature, "top_p": top_p, "seed": seed}
+    asking = catalog.protocol(protocol, **given)
+    request = command.Request(
+        model, tuple(task), out, asking, data, limit, batch_size, max_new_tokens, grader, chat, unsafe_no_sandbox
+    )
+    say = _join()
+    say(command.table(command.evaluate(request, say)))
+
+
+@app.command("eval-compare")
+def eval_compare(
+    a: Annotated[Path, typer.Argument(help="Directory that `wmss eval` wrote.")],
+    b: Annotated[Path, typer.Argument(help="That of another model.")],
+) -> None:
+    """Compare two models on the same questions: the difference, its interval, and McNemar's test."""
+    from wmss_jax.evals import command
+
+    typer.echo(command.difference_table(command.compare(a, b)))
+
+
 @app.command()
 def plan(
     model: Annotated[Path, typer.Argument(help="Recipe, or a model's config.json or directory.", metavar="CONFIG")],
@@ -220,6 +265,31 @@ def lab(
     from wmss_jax.lab import study as studies
 
     raise typer.Exit(run.main(studies.load(study, overrides or ()), workers, say=typer.echo))
+
+
+@data_app.callback()
+def _data() -> None:
+    """Training data."""
+
+
+@data_app.command()
+def prepare(
+    pool: Annotated[Literal["am-math", "am-code", "logic"], typer.Argument(help="Which of the paper's pools.")],
+    out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
+    source: Annotated[list[str], typer.Option(help="File or hub id of the corpus; repeat it.")],
+    held_out: Annotated[list[str] | None, typer.Option(help="Questions that must not be in it (logic).")] = None,
+    split: Annotated[str | None, typer.Option(help="Of hub data sets.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Of hub data sets that have several.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows from the start of each source.")] = None,
+    unsafe_no_sandbox: Annotated[bool, typer.Option(help="Run its programs as yourself (am-code).")] = False,
+) -> None:
+    """Rebuild a training pool of the paper by its filters; tells what was dropped and why."""
+    from wmss_jax import pools
+    from wmss_jax.sources import SourceConfig
+
+    sources = [SourceConfig(path=path, split=split, subset=subset, limit=limit) for path in source]
+    apart = [SourceConfig(path=path) for path in held_out or ()]
+    typer.echo(pools.table(pools.prepare(pool, sources, out, held_out=apart, unsafe_no_sandbox=unsafe_no_sandbox)))
 
 
 @convert_app.command("import")

@@ -401,22 +401,33 @@ def _mounted(text: str) -> str:
 
 
 class TaskConfig(Section):
-    """Problems that are answered by greedy decoding and graded."""
+    """Problems that are answered and graded: a task of `wmss eval` by its name, or problems of one's own."""
 
-    source: Source
+    task: Text | None = None
+    """Name of a task that `wmss eval` knows, such as gsm8k; the other fields then change it. null: a source."""
+    source: Source | None = None
     """Problems: rows with question and answer, or any rows with templates `prompt` and `answer`."""
-    grader: Literal["exact", "numeric", "equation"]
-    """When an answer counts: equal texts, equal numbers, or an equation with the right value."""
+    grader: Literal["exact", "numeric", "equation", "letter", "math"] | None = None
+    """When an answer counts: equal texts, equal numbers, an equation with the right value, the letter of an option, or
+    equal as mathematics (extra `eval`)."""
     max_new_tokens: PositiveInt = 256
     """Tokens after which an unfinished answer is cut off."""
     limit: PositiveInt | None = None
     """Problems from the start that are asked; null: all of the source."""
     batch_size: PositiveInt = 64
     """Problems that are decoded side by side."""
+    protocol: Literal["paper_v2", "paper_v1"] | None = None
+    """How the paper's versions ask: v2 greedily, v1 three times at temperature 0.5 and top-p 0.95. null: greedily."""
 
     @pydantic.model_validator(mode="after")
     def _problems_with_answers(self) -> "TaskConfig":
         source = self.source
+        if (self.task is None) == (source is None):
+            raise ValueError("give a task by name, or a source with a grader")
+        if source is None:
+            return self
+        if self.grader is None:
+            raise ValueError("source needs a grader: when does an answer count?")
         if source.messages is not None or source.text is not None or (source.prompt is None) != (source.answer is None):
             raise ValueError("source needs prompt and answer, or neither and rows with question and answer")
         return self

@@ -170,7 +170,7 @@ def digest(source: Any, root: str | os.PathLike) -> str:
     """Return a digest of the source's bytes (of a hub data set: its name for this revision and split)."""
     place = _place(source, root)
     if isinstance(place, str):
-        return _hub_dataset(place, _split(source))._fingerprint
+        return _hub_dataset(place, source)._fingerprint
     with place.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -260,13 +260,18 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _hub_rows(name: str, source: Any) -> Iterator[tuple[int, Any]]:
-    return enumerate(_hub_dataset(name, _split(source)), 1)
+    return enumerate(_hub_dataset(name, source), 1)
 
 
-def _hub_dataset(name: str, split: str) -> Any:
+def _subset(source: Any) -> dict[str, str]:
+    subset = _given(source, "subset")
+    return {} if subset is None else {"name": subset}
+
+
+def _hub_dataset(name: str, source: Any) -> Any:
     datasets = _datasets()
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=_split(source), **_subset(source))
     except (OSError, ValueError) as error:  # unknown, offline; of several configurations or without that split
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"{name}: no such file, and not to be had from the hub: {reason[:300]}") from error

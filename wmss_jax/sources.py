@@ -62,6 +62,8 @@ class SourceConfig(Section):
     at `data`."""
     split: Text | None = None
     """Split of a hub data set; null: train."""
+    subset: Text | None = None
+    """Configuration of a hub data set that has several."""
     messages: Text | None = None
     """Column with a list of {role, content}."""
     text: Template | None = None

@@ -8,7 +8,7 @@ import ast
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Grader = Callable[[str, str], bool]
 
@@ -34,6 +34,14 @@ _PHRASE = re.compile(r"\banswer\W{0,3}(?:is\b|[:=])\s*", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
 _UNKNOWN = re.compile(r"\s*[A-Za-z?]\s*")
 _ARITHMETIC = re.compile(r"[0-9.+\-*/() \t]+")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NO_LETTER = re.compile(r"\\text(?:bf)?(?![a-z])|\W")
+_CHOSEN = re.compile(
+    r"\b(?:answer|option|choice)\b[^\w(]{0,4}(?:is|are|:|=)?[^\w(]{0,6}(?:option|choice)?\s*\(?([A-J])\b(?!['’])",
+)
+_BRACKETED = re.compile(r"\(([A-J])\)")
+_CHOICE_LABEL = re.compile(r"\A\s*\(?[A-J]\s*[).:]\s*")
+_CODE = re.compile(r"```(?:[Pp]ython3?|py)?[^\S\n]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
 _CHARACTERS = str.maketrans({
     "−": "-", "–": "-", "‐": "-", "×": "*", "·": "*", "÷": "/", "⁄": "/", "∕": "/", "≈": "=",
@@ -73,10 +81,7 @@ def numeric(prediction: str, gold: str) -> bool:
     >>> numeric("So 3/4 of $1,600, that is $1200.00", "#### 1,200"), numeric("12 or 13", "12")
     (True, False)
     """
-    answer = _marked_number(_plain(prediction))
-    if answer is None:
-        *_, answer = [math.nan, *map(_value, _NUMBER.finditer(_plain(prediction)))]
-    return _same(answer, _gold_number(gold))
+    return _same(_answer_number(prediction), _gold_number(gold))
 
 
 def equation(prediction: str, gold: str) -> bool:
@@ -95,7 +100,59 @@ def equation(prediction: str, gold: str) -> bool:
     return _same(_equation_value(prediction), _gold_number(gold) if math.isnan(wanted) else wanted)
 
 
-GRADERS: dict[str, Grader] = {"exact": exact, "numeric": numeric, "equation": equation}
+def letter(prediction: str, gold: str) -> bool:
+    """Return whether the prediction chooses gold: a letter, or the number of an option counted from 0.
+
+    >>> letter("B is tempting. The answer is (C).", "C"), letter(r"\\boxed{c}", "2"), letter("A or B", "C")
+    (True, True, False)
+    """
+    wanted = gold.strip().strip("().").upper()
+    if re.fullmatch("1?[0-9]", wanted, re.ASCII):
+        wanted = _LETTERS[int(wanted)]
+    return bool(wanted) and chosen(prediction) == wanted
+
+
+GRADERS: dict[str, Grader] = {"exact": exact, "numeric": numeric, "equation": equation, "letter": letter}
+
+
+# -- the answer in a text ----------------------------------------------------------------------------------------------
+
+
+def number(text: str) -> str:
+    """Return the number that `numeric` takes for a text's answer, written in one way; empty if there is none."""
+    value = _answer_number(text)
+    return "" if math.isnan(value) else f"{value:.12g}"
+
+
+def chosen(text: str, choices: Sequence[str] = ()) -> str:
+    """Return the letter of the option that a text chooses; empty if it chooses none.
+
+    That is the last boxed letter, else the letter behind the last "answer is", "option" or "choice", else one that is
+    all of the text or stands in brackets last; else, of the `choices`' texts, the one that is boxed.
+
+    >>> chosen("So the answer is B."), chosen("(A) or (D)"), chosen(r"\\boxed{ 7 }", ["A) 5", "B) 7"]), chosen("A dog")
+    ('B', 'D', 'B', '')
+    """
+    boxed = _boxed(text)
+    for found in (_lone(boxed), _CHOSEN.findall(text), _lone(text), _BRACKETED.findall(text)):
+        if found:
+            return found[-1].upper()
+    wanted = _bare(boxed)
+    same = [index for index, choice in enumerate(choices) if wanted and _bare(_CHOICE_LABEL.sub("", choice)) == wanted]
+    return _LETTERS[same[0]] if len(same) == 1 else ""
+
+
+def final(text: str) -> str:
+    """Return what a text says when it has done with thinking: what its last <answer> holds, else follows </think>."""
+    text = text.rpartition("</think>")[2]
+    before, found, answer = text.rpartition("<answer>")
+    return answer.partition("</answer>")[0] if found else before + answer
+
+
+def code(text: str) -> str:
+    """Return the program in a text: the last block between ``` marks, or all of a text that has none."""
+    blocks = _CODE.findall(text)
+    return blocks[-1] if blocks else text
 
 
 def _same(a: float, b: float) -> bool:
@@ -114,6 +171,14 @@ def _plain(text: str) -> str:
     return text.translate(_CHARACTERS)
 
 
+def _answer_number(prediction: str) -> float:
+    text = _plain(prediction)
+    answer = _marked_number(text)
+    if answer is None:
+        *_, answer = [math.nan, *map(_value, _NUMBER.finditer(text))]
+    return answer
+
+
 def _gold_number(gold: str) -> float:
     text = _plain(gold)
     for number in (_marked_number(text), _first_number(text)):
@@ -129,6 +194,17 @@ def _marked_number(text: str) -> float | None:
         if number is not None:
             return number
     return None
+
+
+def _lone(text: str) -> str:
+    """Return the letter that is all of a text."""
+    bare = _NO_LETTER.sub("", text[:40]) if len(text) <= 40 else ""
+    return bare if len(bare) == 1 and bare.upper() in "ABCDEFGHIJ" else ""
+
+
+def _bare(text: str) -> str:
+    """Return a text without what says nothing about an option: white space, dollar signs, case."""
+    return re.sub(r"[\s$]|\\[,!;]", "", text).lower()
 
 
 def _boxed(text: str) -> str:

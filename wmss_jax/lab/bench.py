@@ -118,8 +118,8 @@ class Bench:
     def _figures(self, of: _Seed, model: CausalLM, params: PyTree[Array]) -> Figures:
         """Return accuracy on every task, and entropy, nll and margin of the held-out examples, where there are any."""
         figures: Figures = {}
-        for name, (task, items) in of.tasks.items():
-            figures[name] = {"accuracy": answers(of.run, model, params, task, items).accuracy}
+        for name, asked in of.tasks.items():
+            figures[name] = {"accuracy": answers(of.run, model, params, asked)["accuracy"]}
         if of.run.held_out is not None:
             recipe = of.run.recipe
             found = scoring.score(
