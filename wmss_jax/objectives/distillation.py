@@ -22,8 +22,8 @@ class Distill:
     """Distillation from the role "teacher", a larger model: (1-w)·CE(y) + w·T²·D(teacher, strong) at temperature T.
 
     arXiv 1503.02531, §2 and eq. 4: the factor T² keeps the gradient's size. D by `divergence`, with q the teacher's and
-    p the strong role's softmax(z/T): forward KL(q‖p); reverse KL(p‖q) (arXiv 2306.08543, eq. 1); jensen_shannon, half
-    KL(q‖m) + half KL(p‖m) with m = (p+q)/2 (arXiv 2306.13649, eq. 1 with β = 1/2).
+    p the strong role's softmax(z/T): forward KL(q‖p); reverse KL(p‖q) (arXiv 2306.08543); jensen_shannon, half
+    KL(q‖m) + half KL(p‖m) with m = (p+q)/2 (arXiv 2306.13649, with β = 1/2).
 
     Attributes:
         temperature: T > 0. WMSS' own SSB baseline: 1.5.
@@ -54,9 +54,9 @@ class Distill:
 
 @dataclasses.dataclass(frozen=True)
 class SelfDistill(Distill):
-    """`Distill` from an earlier checkpoint of the strong role itself, the role "weak" (arXiv 1805.04770, eq. 1).
+    """`Distill` from an earlier checkpoint of the strong role itself, the role "weak" (arXiv 1805.04770).
 
-    Which checkpoint says `joint.weak.source`: with `ema` it is a mean teacher (arXiv 1703.01780, eq. 1).
+    Which checkpoint says `joint.weak.source`: with `ema` it is a mean teacher (arXiv 1703.01780).
     """
 
     roles: ClassVar[tuple[str, ...]] = ("strong", "weak")

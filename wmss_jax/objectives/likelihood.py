@@ -83,7 +83,7 @@ class LogitNoise:
 
 @dataclasses.dataclass(frozen=True)
 class Dft:
-    """Dynamic fine-tuning, -sg(p)·log p (arXiv 2508.05629, eq. 9): the gradient of -p."""
+    """Dynamic fine-tuning, -sg(p)·log p (arXiv 2508.05629): the gradient of -p."""
 
     roles: ClassVar[tuple[str, ...]] = ("strong",)
 
@@ -96,7 +96,7 @@ class Dft:
 
 @dataclasses.dataclass(frozen=True)
 class AlphaLoss:
-    """(1 - p^α) / α, whose limit for α → 0 is -log p (arXiv 2510.00526, §3: its family f^α). α = 1 is 1 - p.
+    """(1 - p^α) / α, whose limit for α → 0 is -log p (arXiv 2510.00526: its family f^α). α = 1 is 1 - p.
 
     Attributes:
         alpha: α >= 0; 0 is `Sft`. Their finding: 1 and above for strong bases, 0 for weak ones.
