@@ -75,14 +75,16 @@ def _run(
 ) -> dict[str, Any]:
     run = prepare(recipe, say)
     tasks = read_tasks(run) if until is None else {}  # first, so that a mistake in them does not come to light last
-    base = _base(run)
-    if until == "pretrain":
-        return {"models": {"M0": str(base.directory)}}
     rounds = {"sft": 0, "joint": recipe.rounds, None: recipe.rounds}.get(until, 1)  # a control belongs to the first
     wanted = {
         number: [name for name in found if name == "joint" or (number == 1 and until in (None, name))]
         for number in range(1, rounds + 1)
     }
+    for name in wanted.get(1, []):
+        _check_vocabularies(run, name, found[name])
+    base = _base(run)
+    if until == "pretrain":
+        return {"models": {"M0": str(base.directory)}}
     for name in wanted.get(1, []):
         _check_agents(run, name, found[name], base)
     # Of M0 before the SFT: a cache that is refused, or for which there is no room, should not come to light after it.
@@ -111,17 +113,22 @@ def _run(
     return summary
 
 
+def _check_vocabularies(run: Run, name: str, objective: objectives.Objective) -> None:
+    """Raise ValueError where an arm's weak agent or teacher has other tokens, before anything is compiled."""
+    stage, where = run.recipe.arms()[name], "joint" if name == "joint" else f"controls.{name}"
+    for role, key, path in (("weak", "weak.path", stage.weak.path), ("teacher", "teacher", stage.teacher)):
+        if role in objective.roles and path is not None:
+            run.other(path, f"{where}.{key}")
+
+
 def _check_agents(run: Run, name: str, objective: objectives.Objective, base: ModelRef) -> None:
-    """Raise ValueError where an arm's weak agent or teacher cannot be made, before time is spent on the SFT."""
+    """Raise ValueError where an arm's weak agent cannot be made, before time is spent on the SFT."""
     stage, where = run.recipe.arms()[name], "joint" if name == "joint" else f"controls.{name}"
     if (source := arms.source(stage, objective)) is not None:
         source.model(base.model)
     wanted, total = stage.weak.source.step, _plan(run, "sft", run.recipe.sft).total_steps
     if wanted is not None and wanted > total:
         raise ValueError(f"{where}.weak.source.step: {wanted}, and the SFT stage has {total} steps")
-    for role, key, path in (("weak", "weak.path", stage.weak.path), ("teacher", "teacher", stage.teacher)):
-        if role in objective.roles and path is not None:
-            run.other(path, f"{where}.{key}")  # its vocabulary is compared
 
 
 # -- training stages ------------------------------------------------------------------------------------------------
