@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -128,6 +129,42 @@ def test_additions_are_right_and_in_one_split_alone(seed, digits):
         assert int(a) + int(b) == int(row["answer"]) and len(a) == len(b) == digits
         seen.append(frozenset((a, b)))
     assert len(set(seen)) == 50
+
+
+class _Rows:
+    """What reasoning-gym returns, as far as it is looked at: every question comes twice, or there is but one."""
+
+    def __init__(self, size, distinct=True):
+        self.rows = [{"question": f"{i // 2 if distinct else 0}?", "answer": i // 2} for i in range(size)]
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_problems_of_reasoning_gym_are_asked_once_each(monkeypatch):
+    asked = []
+
+    def create_dataset(name, seed, size, **settings):
+        if name == "nonsense":
+            raise ValueError("no such data set")
+        asked.append((name, seed, settings))
+        return _Rows(size, distinct=name != "one")
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", types.SimpleNamespace(create_dataset=create_dataset))
+    wanted = lambda name: problems.ProblemsConfig.model_validate(
+        {"reasoning_gym": {"dataset": name, "settings": {"level": 2}}, "train": 5, "validation": 2, "test": 3}
+    )
+    made = problems.make(wanted("chain_sum"), 7)
+    assert asked == [("chain_sum", 7, {"level": 2})]
+    assert [row["question"] for rows in made.values() for row in rows] == [f"{i}?" for i in range(10)]
+    assert made["train"][3] == {"question": "3?", "answer": "3"}
+    with pytest.raises(ValueError, match="1 of 10 different questions in 40; ask for fewer"):
+        problems.make(wanted("one"), 0)
+    with pytest.raises(ValueError, match=r"problems\.reasoning_gym: nonsense: no such data set"):
+        problems.make(wanted("nonsense"), 0)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ValueError, match=r"pip install 'wmss-jax\[demo\]'"):
+        problems.make(wanted("chain_sum"), 0)
 
 
 def test_seeds_have_other_problems_and_what_is_there_is_left_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -93,7 +94,9 @@ def _additions(wanted: AdditionConfig, seed: int) -> Iterator[dict[str, str]]:
 
 def _reasoning_gym(wanted: ProblemsConfig, seed: int) -> Iterator[dict[str, str]]:
     try:
-        import reasoning_gym
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a package that it brings along: SyntaxWarning
+            import reasoning_gym
     except ImportError as error:
         raise ValueError("problems.reasoning_gym needs reasoning-gym: pip install 'wmss-jax[demo]'") from error
     assert wanted.reasoning_gym is not None
