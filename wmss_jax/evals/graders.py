@@ -36,8 +36,9 @@ _UNKNOWN = re.compile(r"\s*[A-Za-z?]\s*")
 _ARITHMETIC = re.compile(r"[0-9.+\-*/() \t]+")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NO_LETTER = re.compile(r"\\text(?:bf)?(?![a-z])|\W")
-_CHOSEN = re.compile(
-    r"\b(?:answer|option|choice)\b[^\w(]{0,4}(?:is|are|:|=)?[^\w(]{0,6}(?:option|choice)?\s*\(?([A-J])\b(?!['’])",
+_CHOSEN, _NAMED = (
+    re.compile(rf"\b(?i:{word})\b[^\w(]{{0,4}}(?:is|are|:|=)?[^\w(]{{0,6}}(?i:option|choice)?\s*\(?([A-J])\b(?!['’])")
+    for word in ("answer", "option|choice")
 )
 _BRACKETED = re.compile(r"\(([A-J])\)")
 _CHOICE_LABEL = re.compile(r"\A\s*\(?[A-J]\s*[).:]\s*")
@@ -127,14 +128,14 @@ def number(text: str) -> str:
 def chosen(text: str, choices: Sequence[str] = ()) -> str:
     """Return the letter of the option that a text chooses; empty if it chooses none.
 
-    That is the last boxed letter, else the letter behind the last "answer is", "option" or "choice", else one that is
-    all of the text or stands in brackets last; else, of the `choices`' texts, the one that is boxed.
+    That is the last boxed letter, else the letter behind the last "answer is", else "option" or "choice", else one that
+    is all of the text or stands in brackets last; else, of the `choices`' texts, the one that is boxed.
 
     >>> chosen("So the answer is B."), chosen("(A) or (D)"), chosen(r"\\boxed{ 7 }", ["A) 5", "B) 7"]), chosen("A dog")
     ('B', 'D', 'B', '')
     """
     boxed = _boxed(text)
-    for found in (_lone(boxed), _CHOSEN.findall(text), _lone(text), _BRACKETED.findall(text)):
+    for found in (_lone(boxed), *(p.findall(text) for p in (_CHOSEN, _NAMED)), _lone(text), _BRACKETED.findall(text)):
         if found:
             return found[-1].upper()
     wanted = _bare(boxed)

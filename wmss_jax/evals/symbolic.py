@@ -13,7 +13,8 @@ logging.disable(logging.WARNING)  # math-verify warns that its own deadlines, wh
 def same(prediction: str, gold: str) -> dict[str, Any]:
     """Return whether the answer that a text gives equals gold as mathematics, and what that answer is.
 
-    The answer is the last \\boxed{...}, else what math-verify finds: LaTeX or a number behind "answer is", or the last.
+    The answer is what \\boxed{...} holds (several are one answer of several parts, as in WMSS' evaluation), else what
+    math-verify finds: LaTeX or a number behind "answer is", or the last.
     """
     math_verify = _math_verify()
     return _judged(math_verify, math_verify.parse(prediction, parsing_timeout=None), gold)
