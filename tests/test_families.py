@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import wmss_jax as wmss
-from wmss_jax import hf, tensorfile
+from wmss_jax import convert, hf, tensorfile
 from wmss_jax.models import ARCHS, multimodal, rope
 from wmss_jax.models.lora import Lora
 
@@ -326,3 +326,9 @@ def test_yarn_lengthens_by_its_factor_or_by_the_ratio_of_two_scales():
     assert yarn() == pytest.approx(0.1 * np.log(4) + 1)
     assert yarn(attention_factor=1.5) == 1.5
     assert yarn(mscale=2.0, mscale_all_dim=1.0) == pytest.approx((0.2 * np.log(4) + 1) / (0.1 * np.log(4) + 1))
+
+
+def test_a_multimodal_directory_is_checked_by_the_names_of_its_text_part():
+    verdicts = list(convert.check(GOLDEN / "gemma3/multimodal"))
+    assert all(good for _, good in verdicts), verdicts
+    assert verdicts[-1][0].startswith("files: 28 tensors bit-identical")
