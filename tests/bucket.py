@@ -27,14 +27,14 @@ class FakeGcs:
 
     Attributes:
         objects: {(bucket, name): content}; tests read it, and change it to do damage.
-        refuse: asked before every write whether it is to fail, (bucket, name) -> HTTP status or None.
+        refuse: asked before everything in `log` whether it is to fail, (method, name) -> HTTP status or None.
         log: (method, name) of every write and removal.
     """
 
     def __init__(self, port: int):
         self.url = f"http://localhost:{port}"
         self.objects: dict[tuple[str, str], bytes] = {}
-        self.refuse: Callable[[str, str], int | None] = lambda bucket, name: None
+        self.refuse: Callable[[str, str], int | None] = lambda method, name: None
         self.log: list[tuple[str, str]] = []
         self._generations: dict[tuple[str, str], int] = {}
         self._next, self._lock = itertools.count(1_700_000_000_000_000), threading.Lock()
@@ -51,9 +51,15 @@ class FakeGcs:
     def names(self, prefix: str = "", bucket: str = "bucket") -> list[str]:
         return sorted(name for where, name in self.objects if where == bucket and name.startswith(prefix))
 
+    def flip(self, name: str, bit: int = 5, bucket: str = "bucket") -> None:
+        """Change one bit of an object."""
+        content = bytearray(self.objects[bucket, name])
+        content[bit // 8] ^= 1 << bit % 8
+        self.objects[bucket, name] = bytes(content)
+
     def put(self, bucket: str, name: str, content: bytes, query: dict[str, str]) -> tuple[int, dict]:
         with self._lock:
-            if (status := self.refuse(bucket, name)) is not None:
+            if (status := self.refuse("write", name)) is not None:
                 return status, {"error": {"code": status, "message": "refused"}}
             if not self._matches(bucket, name, query):
                 return 412, {"error": {"code": 412, "message": "conditionNotMet"}}
@@ -64,6 +70,8 @@ class FakeGcs:
 
     def delete(self, bucket: str, name: str, query: dict[str, str]) -> tuple[int, dict]:
         with self._lock:
+            if (status := self.refuse("remove", name)) is not None:
+                return status, {"error": {"code": status, "message": "refused"}}
             if (bucket, name) not in self.objects:
                 return 404, {"error": {"code": 404, "message": f"No such object: {bucket}/{name}"}}
             if not self._matches(bucket, name, query):

@@ -6,41 +6,15 @@ import signal
 import subprocess
 import sys
 
-import fsspec
-import jax.numpy as jnp
-import numpy as np
+import kills
 import pytest
-from bucket import serve
+import recipes
 from test_checkpoint import abstract, assert_same, make_mesh, train_state, value
 
 from wmss_jax import checkpoint, config, storage
 from wmss_jax.checkpoint import CheckpointDamaged
 
 ROOT, PREFIX = "gs://bucket/run/sft/checkpoints", "run/sft/checkpoints/"
-
-
-@pytest.fixture(scope="module")
-def server():
-    """One for the module, because the libraries keep the address they saw first."""
-    with serve() as gcs, pytest.MonkeyPatch.context() as patch:
-        for name, text in gcs.environment.items():
-            patch.setenv(name, text)
-        fsspec.config.set_conf_env(fsspec.config.conf)
-        yield gcs
-        fsspec.config.conf.pop("gcs")
-
-
-@pytest.fixture
-def gcs(server):
-    server.objects.clear(), server.log.clear()
-    server.refuse = lambda bucket, name: None
-    return server
-
-
-def flip(gcs, name, bit=5):
-    data = bytearray(gcs.objects["bucket", name])
-    data[bit // 8] ^= 1 << bit % 8
-    gcs.objects["bucket", name] = bytes(data)
 
 
 def test_round_trip_onto_another_mesh_with_files_and_meta(gcs):
@@ -79,7 +53,7 @@ def test_damage_is_named_and_the_one_before_taken_only_when_asked(gcs):
             writer.save(step, value(step), {})
     for name in gcs.names(f"{PREFIX}3/"):
         original = gcs.objects["bucket", name]
-        flip(gcs, name, 8 * (len(original) // 2))
+        gcs.flip(name, 8 * (len(original) // 2))
         with pytest.raises(CheckpointDamaged, match=r"3: "):
             checkpoint.verify(f"{ROOT}/3")
         if not name.endswith("digests.json"):
@@ -91,7 +65,7 @@ def test_damage_is_named_and_the_one_before_taken_only_when_asked(gcs):
                 checkpoint.verify(f"{ROOT}/3", "sizes")
         gcs.objects["bucket", name] = original
     assert checkpoint.resume(ROOT, value(0))[0] == 3
-    flip(gcs, f"{PREFIX}3/state/_METADATA")
+    gcs.flip(f"{PREFIX}3/state/_METADATA")
     with pytest.raises(CheckpointDamaged, match=r"gs://bucket/.*/3: state/_METADATA: crc32c .*/2 is intact; use"):
         checkpoint.resume(ROOT, value(0))
     step, tree, _ = checkpoint.resume(ROOT, value(0), use_previous=True)
@@ -133,11 +107,11 @@ def test_a_refused_write_is_an_oserror_and_leaves_the_step_before(gcs, refused):
     with checkpoint.Writer(ROOT) as writer:
         writer.save(1, value(1), {})
         writer.wait()
-        gcs.refuse = lambda bucket, name: 403 if name.startswith(f"{PREFIX}2/{refused}") else None
+        gcs.refuse = lambda method, name: 403 if method == "write" and name.startswith(f"{PREFIX}2/{refused}") else None
         with pytest.raises(OSError, match="2"):
             writer.save(2, value(2), {})
             writer.wait()
-        gcs.refuse = lambda bucket, name: None
+        gcs.refuse = lambda method, name: None
         assert checkpoint.steps(ROOT) == [1]
         checkpoint.verify(f"{ROOT}/1")
         writer.save(3, value(3), {})
@@ -145,7 +119,7 @@ def test_a_refused_write_is_an_oserror_and_leaves_the_step_before(gcs, refused):
 
 
 def test_a_bucket_that_cannot_be_written_is_said_at_once(gcs):
-    gcs.refuse = lambda bucket, name: 403
+    gcs.refuse = lambda method, name: 403
     with pytest.raises(PermissionError, match=r"gs://bucket/run/sft/checkpoints: cannot write there: Forbidden"):
         checkpoint.Writer(ROOT)
 
@@ -156,38 +130,64 @@ import jax.numpy as jnp
 from wmss_jax import checkpoint
 value = lambda step: {"w": jnp.full((32, 8), step, jnp.float32), "step": jnp.int32(step)}
 with checkpoint.Writer(sys.argv[1], keep_last=2) as writer:
-    for step in (1, 2, 3, 4):
+    for step in (1, 2, 3):
         writer.save(step, value(step), {"lam": step}, files={"assets/a": b"a"})
 """
 
 
-def test_killed_at_any_write_or_removal_of_a_save(gcs):
-    """The writer is killed by what it asks of the bucket: at each of the requests from its second save on."""
-    run = [sys.executable, "-c", KILLED, ROOT]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    assert subprocess.run(run, env=environment).returncode == 0
-    requests = gcs.log.index(("write", f"{PREFIX}2/digests.json")), len(gcs.log)
-    # A fork would not do: the threads of both libraries do not live through it.
-    for moment in np.linspace(*requests, 6, endpoint=False, dtype=int):
-        gcs.objects.clear(), gcs.log.clear()
-        process = subprocess.Popen(run, env=environment)
+@pytest.mark.parametrize(
+    ("method", "name", "kept"),
+    [
+        ("write", "3/state/", [1, 2]),
+        ("write", "3/digests.json", [1, 2]),
+        ("remove", "1/digests.json", [1, 2, 3]),
+        ("remove", "1/state/", [2, 3]),
+    ],
+)
+def test_killed_at_a_request_of_a_save(gcs, method, name, kept):
+    """What counts is whole, and the next writer removes the rest. A fork would not do: both libraries have threads."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, ROOT], env={**os.environ, "JAX_PLATFORMS": "cpu"})
 
-        def count(bucket, name, process=process, moment=moment):
-            if len(gcs.log) >= moment:
-                process.send_signal(signal.SIGKILL)
-                return 503
-            return None
+    def strike(*request):
+        if request[0] == method and request[1].startswith(PREFIX + name):
+            process.kill()
+            return 503
+        return None
 
-        gcs.refuse = count
-        assert process.wait() == -signal.SIGKILL
-        gcs.refuse = lambda bucket, name: None
-        kept = checkpoint.steps(ROOT)
-        assert kept and kept[0] >= 1
-        for step in kept:
-            checkpoint.verify(f"{ROOT}/{step}")
-            assert_same(checkpoint.restore(f"{ROOT}/{step}", value(0)), value(step))
-        checkpoint.Writer(ROOT)
-        assert {int(name.removeprefix(PREFIX).split("/")[0]) for name in gcs.names()} == set(kept)
+    gcs.refuse = strike
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    gcs.refuse = lambda method, name: None
+    assert checkpoint.steps(ROOT) == kept
+    for step in kept:
+        checkpoint.verify(f"{ROOT}/{step}")
+    newest, tree, meta = checkpoint.resume(ROOT, value(0))
+    assert newest == meta["lam"] == kept[-1]
+    assert_same(tree, value(newest))
+    checkpoint.Writer(ROOT)
+    assert {int(name.removeprefix(PREFIX).split("/")[0]) for name in gcs.names()} == set(kept)
+
+
+# -- a whole run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_killed_four_times_ends_bitwise_as_one_with_local_checkpoints(gcs, tmp_path, tmp_path_factory):
+    undisturbed = recipes.finished(tmp_path_factory) / "run"
+    environment = recipes.environment(recipes.shared(tmp_path_factory))
+    root, there = recipes.write(tmp_path), "train.checkpoint_dir=gs://bucket/run"
+    with kills.forks(root, environment) as forks:
+        for moment in ("pretrain save 2", "sft digest 4", "joint save 4", "joint digest 6"):
+            outcome = forks.run(kills.Event(moment), there)
+            assert outcome.code == -signal.SIGKILL, f"not killed at {moment}:\n{outcome.said}"
+        last = forks.run(kills.NEVER, there)
+    assert last.code == 0, last.said
+    kills.assert_same_run(root / "run", undisturbed, storage.path("gs://bucket/run"))
+    assert {path.name for path in (root / "run/sft").iterdir()} == {"metrics.jsonl"}
+    summary = json.loads((root / "run/summary.json").read_text())
+    assert summary["models"]["M1"] == f"{ROOT}/{recipes.STEPS['sft']}"
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
 
 
 def test_names_that_are_refused(monkeypatch):

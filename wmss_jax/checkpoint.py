@@ -254,7 +254,8 @@ def _begin(
                 storage.write(partial / name, content if isinstance(content, bytes) else content.read_bytes())
         orbax.save(partial / STATE, args=ocp.args.PyTreeSave(tree))
     except Exception:
-        commit.discard(partial)
+        with contextlib.suppress(OSError):
+            commit.discard(partial)
         raise
     return partial
 
@@ -267,7 +268,7 @@ def _finish(orbax: ocp.AsyncCheckpointer, partial: Directory, final: Directory) 
             commit.commit(partial, final)
     except Exception as error:  # TensorStore's are ValueErrors, whatever the disk said
         room = commit.room(final.parent)
-        with contextlib.suppress(Exception):  # what made it fail may still be the case
+        with contextlib.suppress(OSError):
             commit.discard(partial)
         raise OSError(f"{final}: the checkpoint could not be written{room}: {error}") from error
 

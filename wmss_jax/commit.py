@@ -39,8 +39,8 @@ def prepare(root: Directory) -> None:
         probe = root / ".writable"
         try:
             storage.write(probe, b"")  # said now, not after the first steps
-            probe.unlink()
-        except Exception as error:  # gcsfs has its own, which are not all OSErrors
+            storage.remove(probe)
+        except OSError as error:
             raise PermissionError(f"{root}: cannot write there: {error}") from error
         leftovers = [entry for entry in _numbered(root) if not exists(entry)]
     for leftover in leftovers:
@@ -72,16 +72,21 @@ def remove(final: Directory) -> None:
     if isinstance(final, Path):
         storage.remove(final.rename(final.with_name(f"{final.name}.partial-old")))
     else:
-        (final / digests.DIGESTS).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            storage.remove(final / digests.DIGESTS)
         storage.remove(final)
 
 
 def discard(partial: Directory) -> None:
-    """Remove what there is of `begin`'s directory."""
+    """Remove what there is of `begin`'s directory; on a POSIX file system, as far as that is possible.
+
+    Raises:
+        OSError: something in a bucket stays, and would be taken for a part of what is written there next.
+    """
     if isinstance(partial, Path):
         shutil.rmtree(partial, ignore_errors=True)
     else:
-        with contextlib.suppress(FileNotFoundError):  # as of each of its steps: it is removed already
+        with contextlib.suppress(FileNotFoundError):
             remove(partial)
 
 

@@ -50,8 +50,9 @@ def _begin(record: Path, inputs: Mapping[str, Any], made: Directory | None) -> d
     """Return the output of a finished stage; None where it is to be done, its inputs then being on record."""
     known = json.loads(record.read_text()) if record.exists() else {"inputs": {}, "output": None}
     begun = made is not None and made.exists() and any(made.iterdir())
-    if begun and not record.exists():
-        raise FileExistsError(f"{made}: exists, and no {record} says from what; remove it or choose another work_dir")
+    if made is not None and begun and not record.exists():
+        other = "work_dir" if made.is_relative_to(record.parent.parent) else "train.checkpoint_dir"
+        raise FileExistsError(f"{made}: exists, and no {record} says from what; remove it or choose another {other}")
     if begun or known["output"] is not None:
         _check_same(record, known["inputs"], inputs)
     if known["output"] is None and known["inputs"] != inputs:

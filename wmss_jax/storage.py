@@ -46,12 +46,17 @@ def files(directory: Directory) -> dict[str, int]:
 
 
 def write(file: Directory, content: bytes) -> None:
-    """Write a file, and the directories to it."""
+    """Write a file, and the directories to it.
+
+    Raises:
+        OSError: it could not be written.
+    """
     if isinstance(file, Path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     else:
-        _gcs().pipe_file(str(file), content)  # one request: an object that is there as a whole
+        with _oserror(file):
+            _gcs().pipe_file(str(file), content)  # one request: an object that is there as a whole
 
 
 def remove(directory: Directory) -> None:
@@ -59,11 +64,13 @@ def remove(directory: Directory) -> None:
 
     Raises:
         FileNotFoundError: there is none.
+        OSError: it could not be removed.
     """
     if isinstance(directory, Path):
         shutil.rmtree(directory)
     else:
-        _gcs().rm(str(directory), recursive=True)
+        with _oserror(directory):
+            _gcs().rm(str(directory), recursive=True)
 
 
 @contextlib.contextmanager
@@ -76,6 +83,17 @@ def local(directory: Directory) -> Iterator[Path]:
         for name in files(directory):
             write(Path(copy) / name, (directory / name).read_bytes())
         yield Path(copy)
+
+
+@contextlib.contextmanager
+def _oserror(where: Directory) -> Iterator[None]:
+    """Make OSErrors of all errors inside: gcsfs has its own for what the server says, and some are of aiohttp."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{where}: {error or type(error).__name__}") from error
 
 
 @functools.cache
