@@ -197,6 +197,11 @@ class ModelRef:
         return dataclasses.replace(model, **dict[str, Any](self.settings))
 
     @functools.cached_property
+    def assets(self) -> Path:
+        """Directory of this machine with the tokenizer and config files that belong to the parameters."""
+        return storage.kept(self.directory if self.role is None else self.directory / roles.ASSETS)
+
+    @functools.cached_property
     def digest(self) -> str:
         """Digest of every byte of the parameters; read once, because it takes as long as the disk needs for them."""
         files = sorted(self.directory.glob("*.safetensors")) if self.role is None else [self.directory / "digests.json"]

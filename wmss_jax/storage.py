@@ -4,6 +4,7 @@ Both kinds of path are joined, opened and listed alike, `pathlib.Path` and etils
 is here. The bytes of arrays go past this, from TensorStore to the bucket.
 """
 
+import atexit
 import contextlib
 import functools
 import os
@@ -83,6 +84,13 @@ def local(directory: Directory) -> Iterator[Path]:
         for name in files(directory):
             write(Path(copy) / name, (directory / name).read_bytes())
         yield Path(copy)
+
+
+def kept(directory: Directory) -> Path:
+    """Return what `local` gives, there until the process ends."""
+    until_exit = contextlib.ExitStack()
+    atexit.register(until_exit.close)
+    return until_exit.enter_context(local(directory))
 
 
 @contextlib.contextmanager
