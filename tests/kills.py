@@ -178,7 +178,7 @@ def arrays(directory: storage.Directory) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, optimizer state included, by name."""
     import orbax.checkpoint as ocp
 
-    directory, orbax = directory.absolute() / "state", ocp.PyTreeCheckpointer()
+    directory, orbax = storage.absolute(directory) / "state", ocp.PyTreeCheckpointer()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), orbax.metadata(directory).item_metadata)
     tree = orbax.restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -54,7 +54,7 @@ def save(
         FileExistsError: `directory` exists.
         OSError: it could not be written; nothing is left of it then.
     """
-    final = storage.path(directory).absolute()
+    final = storage.absolute(directory)
     if commit.exists(final):
         raise FileExistsError(f"{final}: exists already; choose another directory or remove it")
     with contextlib.closing(_orbax()) as orbax:
@@ -91,7 +91,7 @@ class Writer:
                 f"keep_last and keep_every_steps must be >= 1, keep_best >= 0; got {keep_last=}, {keep_every_steps=}, "
                 f"{keep_best=}"
             )
-        self.root = storage.path(root).absolute()
+        self.root = storage.absolute(root)
         self._keep_last, self._keep_every_steps, self._keep_best = keep_last, keep_every_steps, keep_best
         self._keep_steps = keep_steps
         self._orbax = _orbax()
@@ -303,7 +303,7 @@ def read_part(directory: str | os.PathLike, tree: PyTree, prefix: tuple[str, ...
 
 
 def _read(directory: str | os.PathLike, tree: PyTree, prefix: tuple = (), dtype: str | None = None) -> PyTree:
-    state = storage.path(directory).absolute() / STATE
+    state = storage.absolute(directory) / STATE
     with contextlib.closing(_orbax()) as orbax:
         stored = ocp.tree.to_flat_dict(orbax.metadata(state).item_metadata.tree)  # pyright: ignore
         stored = {name: leaf for name, leaf in stored.items() if name[: len(prefix)] == prefix}

@@ -35,6 +35,12 @@ def path(name: str | os.PathLike) -> Directory:
     return epath.Path(text)
 
 
+def absolute(name: str | os.PathLike) -> Directory:
+    """Return `path(name)`, which stays what it is from whatever directory it is seen."""
+    found = path(name)
+    return found.absolute() if isinstance(found, Path) else found  # epath's would put it below the current directory
+
+
 def files(directory: Directory) -> dict[str, int]:
     """Return {path below `directory`: size in bytes} of all files there, at any depth."""
     if isinstance(directory, Path):
