@@ -45,28 +45,6 @@ def compiled_once(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="session")
-def _gcs_server():
-    """One for the session, because the libraries keep the address they saw first."""
-    import fsspec.config
-    from bucket import serve
-
-    with serve() as server, pytest.MonkeyPatch.context() as patch:
-        for name, text in server.environment.items():
-            patch.setenv(name, text)
-        fsspec.config.set_conf_env(fsspec.config.conf)
-        yield server
-        del fsspec.config.conf["gcs"]
-
-
-@pytest.fixture
-def gcs(_gcs_server):
-    """A stand-in for Google Cloud Storage, empty, in this process and all that it starts; see bucket.py."""
-    _gcs_server.objects.clear(), _gcs_server.log.clear()
-    _gcs_server.refuse = lambda method, name: None
-    return _gcs_server
-
-
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -13,8 +13,6 @@ import jax
 import numpy as np
 import recipes
 
-from wmss_jax import storage
-
 SAVE, CHANGE, FIRST = "inside a save", "in a change of stages", "before the first checkpoint"
 
 
@@ -151,22 +149,18 @@ def forks(root: Path, environment: dict[str, str]) -> Iterator[Forks]:
         yield Forks(process, root)
 
 
-def assert_same_run(got: Path, wanted: Path, checkpoints: storage.Directory | None = None) -> None:
-    """Bitwise: the exported model, every training stage's last state, its metrics; and the answers.
-
-    The checkpoints of `got` may be elsewhere.
-    """
+def assert_same_run(got: Path, wanted: Path) -> None:
+    """Bitwise: the exported model, every training stage's last state, its metrics; and the answers."""
     for name in [path.name for path in (wanted / "export").iterdir()]:
         assert (got / "export" / name).read_bytes() == (wanted / "export" / name).read_bytes()
     for stage, steps in recipes.STEPS.items():
-        last = f"{stage}/checkpoints/{steps}"
-        assert_same_state((checkpoints or got) / last, wanted / last)
+        assert_same_state(got / stage / f"checkpoints/{steps}", wanted / stage / f"checkpoints/{steps}")
         assert losses(got / stage) == losses(wanted / stage)
     for file in (wanted / "eval").iterdir():
         assert (got / "eval" / file.name).read_bytes() == file.read_bytes()
 
 
-def assert_same_state(got: storage.Directory, wanted: Path) -> None:
+def assert_same_state(got: Path, wanted: Path) -> None:
     """Bitwise: all arrays of two checkpoints."""
     mine, theirs = arrays(got), arrays(wanted)
     assert mine.keys() == theirs.keys() and len(theirs) > 30
@@ -174,11 +168,11 @@ def assert_same_state(got: storage.Directory, wanted: Path) -> None:
         np.testing.assert_array_equal(mine[name], array, err_msg=f"{got} {name}")
 
 
-def arrays(directory: storage.Directory) -> dict[str, np.ndarray]:
+def arrays(directory: Path) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, optimizer state included, by name."""
     import orbax.checkpoint as ocp
 
-    directory, orbax = storage.absolute(directory) / "state", ocp.PyTreeCheckpointer()
+    directory, orbax = directory.absolute() / "state", ocp.PyTreeCheckpointer()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), orbax.metadata(directory).item_metadata)
     tree = orbax.restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

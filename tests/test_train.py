@@ -17,22 +17,7 @@ import pytest
 import recipes
 import tiny
 
-from wmss_jax import (
-    checkpoint,
-    config,
-    convert,
-    epochs,
-    flops,
-    hf,
-    objectives,
-    optim,
-    preemption,
-    roles,
-    runs,
-    step,
-    storage,
-    train,
-)  # fmt: skip
+from wmss_jax import checkpoint, config, epochs, flops, hf, objectives, optim, preemption, roles, runs, step, train
 
 TOTAL = 6
 ADAM = config.OptimizerConfig(peak_lr=3e-3, warmup_fraction=0.4, schedule="cosine", weight_decay=0.1)
@@ -193,37 +178,6 @@ def test_stopping_and_going_on_is_bitwise_the_same(undisturbed, run, tmp_path, m
     assert metrics(job) == metrics(whole)
     told = [(number, *values) for number, values in metrics(job)]
     assert len(told) == len(set(told))
-
-
-def test_in_a_bucket_stopping_and_going_on_is_bitwise_the_same(gcs, undisturbed, run, tmp_path, monkeypatch):
-    """Where the newest is damaged from an older one when asked; and what others read there is the same."""
-    whole, expected = undisturbed("joint")
-    job = joint(run, tmp_path / "stage")
-    job = dataclasses.replace(job, loop=job.loop.model_copy(update={"checkpoint_dir": "gs://bucket/elsewhere"}))
-    root = storage.path("gs://bucket/elsewhere/stage/checkpoints")
-
-    def stop_at(number):
-        with monkeypatch.context() as patch, pytest.raises(preemption.Preempted):
-            at_step(patch, number, sigterm)
-            train.train(job)
-
-    stop_at(2), stop_at(3)
-    assert checkpoint.steps(root) == [2, 3] and not (tmp_path / "stage/checkpoints").exists()
-    names = gcs.names("elsewhere/stage/checkpoints/3/state")
-    gcs.flip(max(names, key=lambda name: len(gcs.objects["bucket", name])))
-    expected_error = r"gs://.*/3: state/.*/2 is intact; train.resume_from=newest_intact"
-    with pytest.raises(checkpoint.CheckpointDamaged, match=expected_error):
-        train.train(job)
-    asked = dataclasses.replace(job, loop=job.loop.model_copy(update={"resume_from": "newest_intact"}))
-    last = train.train(asked)
-    assert str(last) == f"{root}/{expected.name}"
-    assert_same(state_of(job, last), state_of(whole, expected))
-    (model, params), (_, theirs) = (roles.load(where, "strong") for where in (last, expected))
-    assert_same(params, theirs)
-    convert.export(str(last), tmp_path / "exported")
-    convert.export(str(expected), tmp_path / "expected")
-    for file in (tmp_path / "expected").iterdir():
-        assert (tmp_path / "exported" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_finished_stage_is_not_trained_again(undisturbed, monkeypatch):

@@ -5,8 +5,9 @@
             assets/ ...    files carried along, such as the tokenizer
             digests.json   size and crc32c of every other file, because Orbax restores flipped bits silently
 
-When the directory counts as a checkpoint, `commit` decides. It lies on a POSIX file system that the processes of a run
-share, or in a bucket (`gs://...`, see `storage`); they call every function here that touches arrays together.
+A checkpoint is written as `<step>.partial-new`, synced to disk, and gets its name by a rename, the very last action.
+A crash leaves at worst a `.partial-` directory, which nothing reads and the next writer removes.
+The processes of a run share a POSIX file system, and call every function here that touches arrays together.
 """
 
 import concurrent.futures
@@ -17,6 +18,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -26,9 +28,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from wmss_jax import commit, digests, storage
+from wmss_jax import digests, durable
 from wmss_jax.digests import DIGESTS, CheckpointDamaged, Level, verify
-from wmss_jax.storage import Directory
 
 FORMAT = 1
 STATE, META = "state", "meta.json"
@@ -54,8 +55,8 @@ def save(
         FileExistsError: `directory` exists.
         OSError: it could not be written; nothing is left of it then.
     """
-    final = storage.absolute(directory)
-    if commit.exists(final):
+    final = Path(directory).absolute()
+    if final.exists():
         raise FileExistsError(f"{final}: exists already; choose another directory or remove it")
     with contextlib.closing(_orbax()) as orbax:
         partial = _begin(orbax, final, tree, _meta_text(meta), files)
@@ -71,7 +72,7 @@ class Writer:
     above the one just saved belong to a continuation that was given up, and are removed.
 
     Args:
-        root: made if missing, if it is no bucket's; what a crashed writer left in it is removed.
+        root: made if missing; what a crashed writer left in it is removed.
         keep_last: newest checkpoints to keep, at least 1.
         keep_every_steps: besides, keep those at multiples of this step.
         keep_best: besides, keep this many with the lowest `metric`.
@@ -91,14 +92,16 @@ class Writer:
                 f"keep_last and keep_every_steps must be >= 1, keep_best >= 0; got {keep_last=}, {keep_every_steps=}, "
                 f"{keep_best=}"
             )
-        self.root = storage.absolute(root)
+        self.root = Path(root).absolute()
         self._keep_last, self._keep_every_steps, self._keep_best = keep_last, keep_every_steps, keep_best
         self._keep_steps = keep_steps
         self._orbax = _orbax()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         if jax.process_index() == 0:
-            commit.prepare(self.root)
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.glob("*.partial-*"):
+                shutil.rmtree(leftover)
 
     def save(
         self,
@@ -135,7 +138,7 @@ class Writer:
             self._thread.shutdown()
             self._orbax.close()
 
-    def _complete(self, partial: Directory, final: Directory) -> None:
+    def _complete(self, partial: Path, final: Path) -> None:
         with _others_wait():
             _finish(self._orbax, partial, final)
             if jax.process_index() == 0:
@@ -155,12 +158,14 @@ class Writer:
             ranked = sorted(pair for pair in ranked if pair[0] is not None)
             keep |= {-negated for _, negated in ranked[: self._keep_best]}  # of two equals the newer
         for step in set(present) - keep:
-            commit.remove(self.root / str(step))
+            # Renamed first: a crash amid the removal must not leave half a checkpoint under a valid name.
+            shutil.rmtree((self.root / str(step)).rename(self.root / f"{step}.partial-old"))
 
 
 def steps(root: str | os.PathLike) -> list[int]:
     """Return the steps of the complete checkpoints under `root`, ascending; [] if there is no such directory."""
-    return commit.steps(storage.path(root))
+    names = [entry.name for entry in Path(root).iterdir() if entry.is_dir()] if Path(root).is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def latest(root: str | os.PathLike) -> int | None:
@@ -200,7 +205,7 @@ def resume(
     """
     damage: CheckpointDamaged | None = None
     for step in reversed(steps(root)):
-        directory = storage.path(root) / str(step)
+        directory = Path(root) / str(step)
         try:
             _verify(directory, verify)
         except CheckpointDamaged as error:
@@ -223,7 +228,7 @@ def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
         CheckpointDamaged: meta.json is not what was written.
         ValueError: a newer version of this library wrote it.
     """
-    directory = storage.path(directory)
+    directory = Path(directory)
     recorded, file = digests.read(directory), directory / META
     if not file.is_file() or digests.digest(file) != recorded.get(META):
         raise CheckpointDamaged(f"{directory}: {META}: missing or damaged")
@@ -240,37 +245,43 @@ def _orbax() -> ocp.AsyncCheckpointer:
 
 
 def _begin(
-    orbax: ocp.AsyncCheckpointer, final: Directory, tree: PyTree, meta: str, files: Mapping[str, Path | bytes]
-) -> Directory:
+    orbax: ocp.AsyncCheckpointer, final: Path, tree: PyTree, meta: str, files: Mapping[str, Path | bytes]
+) -> Path:
     """Return the partial directory, into which Orbax is writing the host's copy of `tree` in the background."""
     wrong = [name for name in files if Path(name).is_absolute() or {"..", STATE, META, DIGESTS} & set(Path(name).parts)]
     if wrong:
         raise ValueError(f"files carried along need other names, inside the checkpoint: {', '.join(wrong)}")
-    partial = commit.begin(final)
+    partial = final.with_name(f"{final.name}.partial-new")  # of the same name on all processes
     try:
         if jax.process_index() == 0:
-            commit.discard(partial)
+            shutil.rmtree(partial, ignore_errors=True)
             for name, content in {META: meta.encode(), **files}.items():
-                storage.write(partial / name, content if isinstance(content, bytes) else content.read_bytes())
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         orbax.save(partial / STATE, args=ocp.args.PyTreeSave(tree))
     except Exception:
-        with contextlib.suppress(OSError):
-            commit.discard(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     return partial
 
 
-def _finish(orbax: ocp.AsyncCheckpointer, partial: Directory, final: Directory) -> None:
-    """Wait for Orbax, then digest and commit; on an error remove what there is and raise OSError."""
+def _finish(orbax: ocp.AsyncCheckpointer, partial: Path, final: Path) -> None:
+    """Wait for Orbax, then digest, sync and rename; on an error remove what there is and raise OSError."""
     try:
         orbax.wait_until_finished()
         if jax.process_index() == 0:
-            commit.commit(partial, final)
+            digests.write(partial)
+            durable.sync_tree(partial)
+            replaced = final.with_name(f"{final.name}.partial-old")
+            if final.exists():
+                final.rename(replaced)
+            partial.rename(final)
+            durable.sync(final.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
     except Exception as error:  # TensorStore's are ValueErrors, whatever the disk said
-        room = commit.room(final.parent)
-        with contextlib.suppress(OSError):
-            commit.discard(partial)
-        raise OSError(f"{final}: the checkpoint could not be written{room}: {error}") from error
+        free_gb = shutil.disk_usage(final.parent).free / 1e9
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{final}: the checkpoint could not be written, {free_gb:.3g} GB free: {error}") from error
 
 
 @contextlib.contextmanager
@@ -303,7 +314,7 @@ def read_part(directory: str | os.PathLike, tree: PyTree, prefix: tuple[str, ...
 
 
 def _read(directory: str | os.PathLike, tree: PyTree, prefix: tuple = (), dtype: str | None = None) -> PyTree:
-    state = storage.absolute(directory) / STATE
+    state = Path(directory).absolute() / STATE
     with contextlib.closing(_orbax()) as orbax:
         stored = ocp.tree.to_flat_dict(orbax.metadata(state).item_metadata.tree)  # pyright: ignore
         stored = {name: leaf for name, leaf in stored.items() if name[: len(prefix)] == prefix}

@@ -295,7 +295,7 @@ def prepare(
 @convert_app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="Hugging Face directory or hub id.")],
-    out: Annotated[str, typer.Argument(help="Checkpoint directory to write, or gs://...")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint directory to write.")],
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Default: the source's own.")] = None,
 ) -> None:
     """Turn a Hugging Face model into a checkpoint."""
@@ -308,7 +308,7 @@ def import_(
 
 @convert_app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, or gs://...")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
     out: Annotated[Path, typer.Argument(help="Hugging Face directory to write.")],
     role: Annotated[str, typer.Option(help="Which of the checkpoint's models.")] = "strong",
 ) -> None:

@@ -197,14 +197,6 @@ class OptimizerConfig(Section):
         return self
 
 
-def _directory_or_bucket(text: str) -> str:
-    if "://" in text and not text.removeprefix("gs://").split("/")[0].strip(":"):
-        raise ValueError(f"{text} names no bucket: gs://BUCKET/NAME")
-    if "://" in text and not text.startswith("gs://"):
-        raise ValueError(f"{text} is neither a directory nor gs://BUCKET/NAME: other stores have to be mounted")
-    return text
-
-
 class TrainConfig(Section):
     """The loop, alike in every training stage."""
 
@@ -227,9 +219,6 @@ class TrainConfig(Section):
     """Newest checkpoints of a stage that are kept."""
     keep_every_steps: PositiveInt | None = None
     """Besides, checkpoints at multiples of so many steps are kept; null: no more than the newest."""
-    checkpoint_dir: Annotated[Text, AfterValidator(_directory_or_bucket)] | None = None
-    """Directory, or gs://BUCKET/NAME, for the checkpoints of the training stages, of this run alone; null: `work_dir`,
-    where all else lies."""
     resume_from: Literal["newest", "newest_intact"] = "newest"
     """The checkpoint that an interrupted stage goes on from; newest_intact: where the newest is damaged, an older
     one."""

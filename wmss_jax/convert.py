@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from wmss_jax import card, checkpoint, encoding, hf, roles, sharding, storage, tensorfile, tokenizer
+from wmss_jax import card, checkpoint, encoding, hf, roles, sharding, tensorfile, tokenizer
 from wmss_jax.models import CausalLM
 from wmss_jax.stages import ModelRef
 
@@ -49,11 +49,9 @@ def export(source: str | os.PathLike, out: str | os.PathLike, role: str = "stron
         FileExistsError: `out` holds something.
         ValueError: the checkpoint is damaged or has no such role.
     """
-    directory = storage.path(source)
-    model, params = ModelRef(directory, role).load(_mesh())
-    files = card.files(Path(out).name, checkpoint.read_meta(directory))
-    with storage.local(directory / roles.ASSETS) as assets:
-        hf.save(model, params, out, tokenizer_from=assets if assets.is_dir() else None, files=files)
+    model, params = ModelRef(Path(source), role).load(_mesh())
+    assets, files = Path(source) / roles.ASSETS, card.files(Path(out).name, checkpoint.read_meta(source))
+    hf.save(model, params, out, tokenizer_from=assets if assets.is_dir() else None, files=files)
 
 
 def _mesh() -> Mesh | None:

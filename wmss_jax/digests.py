@@ -4,15 +4,13 @@ import concurrent.futures
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import google_crc32c
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-from wmss_jax import storage
-from wmss_jax.storage import Directory
 
 DIGESTS = "digests.json"
 Level = Literal["full", "sizes"]
@@ -22,13 +20,12 @@ class CheckpointDamaged(ValueError):
     """A checkpoint is not what was written; the message names the files and what is wrong with them."""
 
 
-def write(directory: Directory) -> None:
+def write(directory: Path) -> None:
     """Write digests.json for the files in `directory`, which must be complete."""
-    found = _digests(directory, sorted(_files(directory)))
-    storage.write(directory / DIGESTS, json.dumps(found, indent=1).encode())
+    (directory / DIGESTS).write_text(json.dumps(_digests(directory, _files(directory)), indent=1))
 
 
-def read(directory: Directory) -> dict[str, list]:
+def read(directory: Path) -> dict[str, list]:
     """Return {file: its `digest` when it was written}.
 
     Raises:
@@ -55,7 +52,7 @@ def verify(directory: str | os.PathLike, level: Level = "full") -> None:
         FileNotFoundError: no such directory.
         CheckpointDamaged: it has not; every file that differs is named.
     """
-    directory = storage.path(directory)
+    directory = Path(directory)
     try:
         damage = "; ".join(_differences(directory, read(directory), level))
     except CheckpointDamaged as error:
@@ -65,26 +62,27 @@ def verify(directory: str | os.PathLike, level: Level = "full") -> None:
         raise CheckpointDamaged(f"{directory}: {damage or 'damaged, as another process found: see its message'}")
 
 
-def digest(file: Directory) -> list:
+def digest(file: Path) -> list:
     """Return [size in bytes, crc32c in hexadecimal]."""
     size, crc = 0, 0
-    with file.open("rb") as stream:
+    with open(file, "rb") as stream:
         while chunk := stream.read(1 << 24):
             size, crc = size + len(chunk), google_crc32c.extend(crc, chunk)
     return [size, f"{crc:08x}"]
 
 
-def _files(directory: Directory) -> dict[str, int]:
-    return {name: size for name, size in storage.files(directory).items() if name != DIGESTS}
+def _files(directory: Path) -> list[str]:
+    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    return sorted(name for name in names if name != DIGESTS)
 
 
-def _digests(directory: Directory, names: Sequence[str]) -> dict[str, list]:
+def _digests(directory: Path, names: Sequence[str]) -> dict[str, list]:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # network file systems are fast only in parallel
         return dict(zip(names, pool.map(lambda name: digest(directory / name), names), strict=True))
 
 
-def _differences(directory: Directory, recorded: Mapping[str, list], level: Level) -> list[str]:
-    present = dict(sorted(_files(directory).items()))
+def _differences(directory: Path, recorded: Mapping[str, list], level: Level) -> list[str]:
+    present = {name: (directory / name).stat().st_size for name in _files(directory)}
     found = [f"{name}: missing" for name in recorded if name not in present]
     for name, size in present.items():
         if name not in recorded:

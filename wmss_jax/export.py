@@ -23,7 +23,7 @@ def check(calibrate: str, objective: objectives.Objective) -> None:
 
 def export(run: Run, ref: ModelRef, objective: objectives.Objective) -> str:
     """Write the shipped model as a Hugging Face directory, or its adapter as PEFT's, and return where it lies."""
-    calibrate, out, assets = run.recipe.export.calibrate, run.work / "export", run.work / "assets"
+    calibrate, out = run.recipe.export.calibrate, run.work / "export"
     check(calibrate, objective)
     lam = getattr(objective, "lam", None)
 
@@ -32,7 +32,7 @@ def export(run: Run, ref: ModelRef, objective: objectives.Objective) -> str:
         if not out.exists():
             model, adapter = ref.load_stored(run.mesh)
             base = str(run.recipe.model.path)
-            peft.save(model, adapter, out, base=base, tokenizer_from=assets, files=_files(run, ref))
+            peft.save(model, adapter, out, base=base, tokenizer_from=ref.assets, files=_files(run, ref))
         return {"export": str(out)}
 
     def write_model() -> dict[str, Any]:
@@ -42,7 +42,7 @@ def export(run: Run, ref: ModelRef, objective: objectives.Objective) -> str:
             last = jnp.int32(checkpoint.read_meta(ref.directory)["step"])
             params = scale_logits(params, float(objectives.at(lam, last)))
         if not out.exists():
-            hf.save(model, params, out, tokenizer_from=assets, files=_files(run, ref))
+            hf.save(model, params, out, tokenizer_from=ref.assets, files=_files(run, ref))
         return {"export": str(out)}
 
     inputs = {"model": ref.digest, "calibrate": calibrate, "lam": repr(lam)}

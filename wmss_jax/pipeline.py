@@ -179,7 +179,7 @@ def weak_agent(run: Run, name: str, weak: ModelRef) -> ModelRef:
     step = wanted.source.step
     if step is None:
         return weak
-    root = train.checkpoints(run.work / "sft", run.recipe.train)
+    root = run.work / "sft" / "checkpoints"
     if step not in (kept := checkpoint.steps(root)):
         raise ValueError(
             f"{'joint' if name == 'joint' else f'controls.{name}'}.weak.source.step: {step} was not kept when the SFT "
@@ -315,10 +315,10 @@ def _work(
 
 def _train(run: Run, work: Work) -> ModelRef:
     """Carry out one training stage and return the strong role it ends with."""
-    job, root = work.job, train.checkpoint_root(run.work, run.recipe.train)
-    do = lambda: {"checkpoint": train.train(job).relative_to(root).as_posix()}
-    output = run.stage(job.directory.name, work.inputs, do, train.checkpoints(job.directory, job.loop))
-    return ModelRef(root / output["checkpoint"], "strong", work.settings, work.base)
+    job = work.job
+    do = lambda: {"checkpoint": train.train(job).relative_to(run.work).as_posix()}
+    output = run.stage(job.directory.name, work.inputs, do, job.directory / "checkpoints")
+    return ModelRef(run.work / output["checkpoint"], "strong", work.settings, work.base)
 
 
 def _plan(run: Run, name: str, stage: config.StageConfig, probs: np.ndarray | None = None) -> epochs.Plan:

@@ -23,12 +23,10 @@ from wmss_jax import (
     processes,
     sharding,
     stages,
-    storage,
     tokenizer,
 )
 from wmss_jax.models.lora import Lora
 from wmss_jax.stages import ModelRef
-from wmss_jax.storage import Directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +53,8 @@ class Run:
 
     def ref(self, model: str) -> ModelRef:
         """Return a reference to a Hugging Face directory, a hub id, or the strong role of a checkpoint."""
-        directory = storage.path(model)
-        if (directory / checkpoint.META).exists():
-            return ModelRef(directory, "strong", self.model_settings)
-        return ModelRef(hf.resolve(model), None, self.model_settings)
+        is_checkpoint = (Path(model) / checkpoint.META).exists()
+        return ModelRef(hf.resolve(model), "strong" if is_checkpoint else None, self.model_settings)
 
     def other(self, model: str, key: str) -> ModelRef:
         """Return `ref` of a model that is to meet the recipe's own, whose tokens it must know under the same ids.
@@ -82,7 +78,7 @@ class Run:
         return stages.finished(self.work / "stages" / f"{name}.json")
 
     def stage(
-        self, name: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Directory | None = None
+        self, name: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Path | None = None
     ) -> dict[str, Any]:
         """Return a stage's output, from its record or by doing it; see `stages.run`."""
         self.say(f"{name} ...")

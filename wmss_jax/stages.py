@@ -17,13 +17,12 @@ import google_crc32c
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, hf, processes, roles, storage
+from wmss_jax import checkpoint, hf, processes, roles
 from wmss_jax.models import CausalLM
-from wmss_jax.storage import Directory
 
 
 def run(
-    record: Path, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Directory | None = None
+    record: Path, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Path | None = None
 ) -> dict[str, Any]:
     """Return the output of a stage: what `work()` returned when it was finished, now or in an earlier run.
 
@@ -46,13 +45,12 @@ def run(
     return processes.agreed(lambda: _finish(record, inputs, output))
 
 
-def _begin(record: Path, inputs: Mapping[str, Any], made: Directory | None) -> dict[str, Any] | None:
+def _begin(record: Path, inputs: Mapping[str, Any], made: Path | None) -> dict[str, Any] | None:
     """Return the output of a finished stage; None where it is to be done, its inputs then being on record."""
     known = json.loads(record.read_text()) if record.exists() else {"inputs": {}, "output": None}
     begun = made is not None and made.exists() and any(made.iterdir())
-    if made is not None and begun and not record.exists():
-        other = "work_dir" if made.is_relative_to(record.parent.parent) else "train.checkpoint_dir"
-        raise FileExistsError(f"{made}: exists, and no {record} says from what; remove it or choose another {other}")
+    if begun and not record.exists():
+        raise FileExistsError(f"{made}: exists, and no {record} says from what; remove it or choose another work_dir")
     if begun or known["output"] is not None:
         _check_same(record, known["inputs"], inputs)
     if known["output"] is None and known["inputs"] != inputs:
@@ -118,7 +116,7 @@ class ModelRef:
         kept: where given, what `load` read stays there, for a caller that loads the same parameters many times.
     """
 
-    directory: Directory
+    directory: Path
     role: str | None
     settings: tuple[tuple[str, str | None], ...] = ()
     known_base: "ModelRef | None" = dataclasses.field(default=None, compare=False)
@@ -146,7 +144,7 @@ class ModelRef:
     def load_stored(self, mesh: Mesh | None, dtype: str | None = None) -> tuple[CausalLM, PyTree[Array]]:
         """Return what lies on disk: of an adapter, the adapter alone."""
         in_hf = self.role is None
-        model, params = hf.load(Path(self.directory), mesh, dtype) if in_hf else self._role(mesh, dtype)
+        model, params = hf.load(self.directory, mesh, dtype) if in_hf else self._role(mesh, dtype)
         return dataclasses.replace(model, **dict[str, Any](self.settings)), params
 
     def load_head(self, mesh: Mesh | None) -> PyTree[Array]:
@@ -163,10 +161,7 @@ class ModelRef:
         if self.known_base is not None:
             return self.known_base
         said = None if self.role is None else checkpoint.read_meta(self.directory).get("base")
-        if said is None:
-            return None
-        directory = hf.resolve(said["directory"]) if said["role"] is None else storage.path(said["directory"])
-        return ModelRef(directory, said["role"], self.settings)
+        return None if said is None else ModelRef(hf.resolve(said["directory"]), said["role"], self.settings)
 
     def described(self) -> dict[str, Any]:
         """Return what a checkpoint of an adapter says of its base, from which `base` finds it again."""
@@ -196,10 +191,10 @@ class ModelRef:
         model = hf.model_of(self.directory) if in_hf else roles.models(self.directory)[str(self.role)]
         return dataclasses.replace(model, **dict[str, Any](self.settings))
 
-    @functools.cached_property
+    @property
     def assets(self) -> Path:
-        """Directory of this machine with the tokenizer and config files that belong to the parameters."""
-        return storage.kept(self.directory if self.role is None else self.directory / roles.ASSETS)
+        """Directory with the tokenizer and config files that belong to the parameters."""
+        return self.directory if self.role is None else self.directory / roles.ASSETS
 
     @functools.cached_property
     def digest(self) -> str:
@@ -207,7 +202,7 @@ class ModelRef:
         files = sorted(self.directory.glob("*.safetensors")) if self.role is None else [self.directory / "digests.json"]
         crc = google_crc32c.Checksum()
         for file in files:
-            with file.open("rb") as stream:
+            with open(file, "rb") as stream:
                 while block := stream.read(2**24):
                     crc.update(block)
         return crc.hexdigest().decode()

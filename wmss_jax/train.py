@@ -14,11 +14,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, preemption, roles, sharding, step, storage
+from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, preemption, roles, sharding, step
 from wmss_jax.models import CausalLM
 from wmss_jax.neftune import Neftune
 from wmss_jax.objectives import Objective, Sft
-from wmss_jax.storage import Directory
 from wmss_jax.tracking import Tracker, profiled
 from wmss_jax.watchdog import Watchdog, watching
 from wmss_jax.weak_cache import WeakCache
@@ -47,8 +46,7 @@ class Job:
     """What one stage trains, on what, and how.
 
     Attributes:
-        directory: metrics.jsonl comes to lie here, checkpoints/ unless the loop says where else, and profile/ where it
-            asks for it.
+        directory: checkpoints/ and metrics.jsonl come to lie here, and profile/ where the loop asks for it.
         models: {role: model} of all roles of the objective.
         trained, frozen: give {role: parameters} when called; `trained` is not called where a checkpoint goes on.
             With adapters, "base" is among the frozen ones.
@@ -85,7 +83,7 @@ class Job:
     keep_steps: frozenset[int] = frozenset()
 
 
-def train(job: Job) -> Directory:
+def train(job: Job) -> Path:
     """Return the checkpoint directory of the trained roles: the last step's, or the best one's with `keep_best`.
 
     Goes on from the newest checkpoint in `job.directory`, if there is one; the result is bitwise the same as without
@@ -100,7 +98,7 @@ def train(job: Job) -> Directory:
         return _train(job, watchdog)
 
 
-def _train(job: Job, watchdog: Watchdog) -> Directory:
+def _train(job: Job, watchdog: Watchdog) -> Path:
     total = job.plan.total_steps
     tx, schedule = optim.make(job.optimizer, total)
     tx = with_averages(job, tx)
@@ -199,7 +197,7 @@ def _first_state(job: Job, tx: optax.GradientTransformation) -> step.TrainState:
     return step.init_state(job.trained(), tx) if resumed is None else resumed[1]
 
 
-def _result(job: Job) -> Directory:
+def _result(job: Job) -> Path:
     """Return the checkpoint that the stage ends with."""
     root = _checkpoints(job)
     if job.held_out is None or not job.held_out.keep_best:
@@ -209,18 +207,8 @@ def _result(job: Job) -> Directory:
     return root / str(min(measured, key=lambda number: (measured[number], -number)))
 
 
-def checkpoints(directory: Path, loop: "TrainConfig") -> Directory:
-    """Return where the checkpoints of the stage lie whose directory is `directory`."""
-    return checkpoint_root(directory.parent, loop) / directory.name / "checkpoints"
-
-
-def checkpoint_root(work: Path, loop: "TrainConfig") -> Directory:
-    """Return the directory that the checkpoints of all stages lie in: of a run's, or another that the loop says."""
-    return work if loop.checkpoint_dir is None else storage.path(loop.checkpoint_dir)
-
-
-def _checkpoints(job: Job) -> Directory:
-    return checkpoints(job.directory, job.loop)
+def _checkpoints(job: Job) -> Path:
+    return job.directory / "checkpoints"
 
 
 def shipped(state: step.TrainState, job: Job) -> PyTree[Array]:
