@@ -162,8 +162,8 @@ def top_entropy(z_NV: Float[Array, "N V"], k: int) -> Float[Array, "N"]:
 
     least_N1 = jax.lax.fori_loop(0, 32, next_bit, jnp.zeros(len(z_NV), jnp.uint32))[:, None]
     above_NV, equal_NV = order_NV > least_N1, order_NV == least_N1
-    places_N1 = k - jnp.sum(above_NV, axis=-1, keepdims=True)  # that equal ones share
-    share_N1 = places_N1.astype(jnp.float32) / jnp.sum(equal_NV, axis=-1, keepdims=True, dtype=jnp.float32)
+    count = lambda which_NV: jnp.sum(which_NV, axis=-1, keepdims=True, dtype=jnp.float32)
+    share_N1 = (k - count(above_NV)) / jnp.maximum(count(equal_NV), 1.0)  # of the places that equal ones have left
     x_NV = z_NV - jnp.max(z_NV, axis=-1, keepdims=True)
     e_NV = jnp.exp(x_NV) * jnp.where(above_NV, 1.0, jnp.where(equal_NV, jnp.minimum(share_N1, 1.0), 0.0))
     total_N = jnp.sum(e_NV, axis=-1)
