@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PLAN_VENV := .venv-plan
 
-.PHONY: test test-fast test-chaos test-sandbox test-plan demo lint format constraints clean
+.PHONY: test test-slow test-chaos test-sandbox test-plan demo lint format constraints clean
 
-test: $(INSTALLED)  ## the whole suite, two workers
-	$(BIN)/python -m pytest -n 2 --dist worksteal
-
-test-fast: $(INSTALLED)  ## without the tests marked slow
+test: $(INSTALLED)  ## all but the tests marked slow, two workers
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not chaos"
+
+test-slow: $(INSTALLED)  ## those: several processes, kills, whole recipes
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-chaos: $(INSTALLED)  ## kills in every phase, lost processes, other devices, damage, full disks; about eight minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -rP -m chaos tests/test_chaos.py
