@@ -21,7 +21,7 @@ class Event(NamedTuple):
 
     Moments: "sft step 3" (amid it), "sft save 4" (Orbax has begun to write), "sft digest 4" (Orbax has written, the
     checkpoint has no name yet), "sft begun" and "sft done" (the stage's record is about to be written), "scores",
-    "export", "answers" (computed, not written).
+    "export", "answers" (a batch is graded, not written).
     """
 
     moment: str
@@ -97,7 +97,7 @@ def main(event, output, overrides):
            lambda file, _: f"{file.stem}: {kills.CHANGE}")
     around(scoring, "write", lambda *_: "scores", lambda *_: "scoring")
     around(tensorfile, "write", lambda *_: "export", lambda *_: "exporting")
-    around(run.Result, "write_jsonl", lambda *_: "answers", lambda *_: "evaluating")
+    around(run, "_append", lambda *_: "answers", lambda *_: "evaluating")
 
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1), os.dup2(stream, 2)

@@ -163,7 +163,7 @@ MISTAKES = {
     ),
     "family": (
         [], {"model_type": "mamba"},
-        f"config.json: model_type 'mamba' is not implemented; implemented: {', '.join(ARCHS)}",
+        f"config.json: model_type 'mamba' is not implemented; implemented: {', '.join([*ARCHS, 'gemma3'])}",
     ),
 }  # fmt: skip
 
