@@ -7,7 +7,8 @@ import functools
 import logging
 from typing import Any
 
-logging.disable(logging.WARNING)  # math-verify warns that its own deadlines, which need signals, are off
+# It warns that its own deadlines, which need signals, are off.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def same(prediction: str, gold: str) -> dict[str, Any]:
