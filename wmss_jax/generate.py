@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from wmss_jax import decoding, sharding
+from wmss_jax import decoding, processes, sharding
 from wmss_jax.models import CausalLM
 from wmss_jax.sampling import GREEDY, Sampling
 
@@ -169,8 +169,8 @@ class _Batch:
 
     def harvest(self, ends: Ends | None, unfinished: bool) -> Iterator[Completion]:
         """Free the slots of finished rows and yield these; with `unfinished` yield the others, too."""
-        made_B, going_B = np.asarray(self._slots.made_B), np.asarray(self._slots.going_B)
-        out_BM = np.asarray(self._slots.out_BM)
+        slots = self._slots
+        made_B, going_B, out_BM = (processes.whole(x) for x in (slots.made_B, slots.going_B, slots.out_BM))
         for slot, request in enumerate(self._in_slot):
             if request is None:
                 continue
