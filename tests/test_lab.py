@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import evidence
-from wmss_jax import intervals, pipeline, roles
+from wmss_jax import intervals, pipeline, roles, selection
 from wmss_jax.config import ConfigError
 from wmss_jax.lab import bench, problems, results, run, study, table, workers
 from wmss_jax.lab.results import Row
 from wmss_jax.lab.workers import Run
+from wmss_jax.weak_config import WeakConfig
 
 TASK = {"grader": "exact", "max_new_tokens": 4, "batch_size": 8}
 STUDY = {
@@ -366,6 +367,20 @@ def test_an_arm_ends_where_the_recipe_s_joint_stage_does(work):
     params, _ = lab._trainer.run(job, recipe.optimizer.peak_lr)
     _, theirs = roles.load(Path(ends), "strong")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), params["strong"], theirs)
+
+
+def test_the_entropies_that_count_are_those_of_the_arm_s_own_weak_agent(work):
+    """M1 itself as a weak agent from elsewhere: no entropy has moved."""
+    lab, found = work
+    of = lab._seed(0)
+    joint = found.base.joint.model_copy(update={"weak": WeakConfig(path=str(of.strong.directory))})
+    arms = {**found.arms, "of_m1": found.base.model_copy(update={"joint": joint})}
+    other = bench.Bench(dataclasses.replace(found, arms=arms), say=lambda line: None)
+    _, share = other._job(other._seed(0), "of_m1")
+    unmoved, n = dict.fromkeys(("weak", "strong"), of.scores["strong"]), len(of.run.dataset)
+    _, expected = selection.probabilities(found.base.curriculum, unmoved, n, seed=0)
+    assert share == pytest.approx(expected["effective_share"], rel=1e-6)
+    assert share != pytest.approx(lab._job(of, "wmss")[1], rel=1e-3), "nor would M0 have given the same"
 
 
 def test_equal_flops_give_the_dearer_arm_fewer_steps(work):

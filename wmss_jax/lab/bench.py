@@ -100,8 +100,10 @@ class Bench:
         recipe = self._study.of_seed(self._study.arms[name], of.run.recipe.seed)
         if steps is not None:
             recipe = recipe.model_copy(update={"joint": recipe.joint.model_copy(update={"steps": steps})})
-        probs, share = self._draws(recipe, of.scores)
         run = dataclasses.replace(of.run, recipe=recipe)
+        elsewhere = recipe.joint.weak.path
+        of_weak = {} if elsewhere is None else {"weak": selection.scores(run, run.ref(elsewhere))}
+        probs, share = self._draws(recipe, {**of.scores, **of_weak})
         drawn = {} if probs is None else {"joint": probs}
         return pipeline.arm(run, 1, "joint", arms.objective(recipe, "joint"), of.weak, of.strong, drawn).job, share
 
