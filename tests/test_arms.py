@@ -80,6 +80,7 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_an_average_as_weak_agent_resumes_to_the_same_bits(root):
     expected = strong("joint", 6)
     record = root / "run/stages/joint.json"
@@ -150,6 +151,7 @@ def test_an_arms_own_curriculum_draws_its_examples_as_long_as_the_joint_stage(jo
     assert len(np.unique(dealt.plan.draws[0])) < len(dealt.plan.draws[0])
 
 
+@pytest.mark.slow
 def test_lora_holds_a_teacher_and_a_step_of_the_sft_beside_its_base(root, monkeypatch):
     """The teacher is whole; the step of the SFT is an adapter on the one base."""
     jobs = {}

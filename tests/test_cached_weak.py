@@ -165,6 +165,7 @@ def losses(root, stage="joint", run="run"):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+@pytest.mark.slow
 def test_a_recipe_with_a_cached_weak_agent_trains_as_with_a_resident_one(root, monkeypatch):
     shutil.copytree("run", "resident")
     said = []

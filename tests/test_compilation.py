@@ -45,6 +45,7 @@ def run(root: Path, **environment: str):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     root = recipes.write(tmp_path)
     everything = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # which a user may say; else it is for some speed

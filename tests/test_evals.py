@@ -278,6 +278,7 @@ def test_the_papers_protocols():
     assert (budgets["aime25"], budgets["amc23"], budgets["math500"]) == (8192, 8192, 4096)
 
 
+@pytest.mark.slow
 def test_reasoning_gym_is_judged_by_its_own_verifier():
     pytest.importorskip("reasoning_gym")
     task = questions.task_named("reasoning_gym:basic_arithmetic")

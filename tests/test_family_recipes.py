@@ -42,6 +42,7 @@ def test_every_family_has_a_golden_config():
     assert set(CONFIGS) == set(ARCHS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_recipe_from_start_to_export(family, tmp_path, monkeypatch):

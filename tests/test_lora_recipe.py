@@ -18,7 +18,7 @@ LORA = ("lora={rank: 4, alpha: 8, targets: [q_proj, mlp.down_proj]}", "curriculu
 SIZES = {"L": 2, "D": 32, "NH": 64, "F": 48}
 
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 
 
 @pytest.fixture(scope="module")

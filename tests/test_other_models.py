@@ -119,6 +119,7 @@ def own_tokenizer(root):
         ("lora={rank: 2}", "joint.weak.placement=cached", "model.compute_dtype=bfloat16"),
     ],
 )
+@pytest.mark.slow
 def test_a_smaller_weak_agent_from_elsewhere(root, monkeypatch, overrides):
     other(root / "weak", own_tokenizer(root))
     jobs = []

@@ -71,6 +71,7 @@ def refuse(monkeypatch, *functions):
 # -- killed, stopped, gone on with ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_four_times_and_stopped_once_a_run_ends_bitwise_as_an_undisturbed_one(tmp_path, tmp_path_factory):
     """In a save, in a change of stages, before a checkpoint has its name, amid an export; test_chaos.py has more."""
     undisturbed = recipes.finished(tmp_path_factory)
