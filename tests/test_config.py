@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wmss_jax import config
+from wmss_jax import config, sources, stage_config, training_config, weak_config
 from wmss_jax.config import ConfigError, RunConfig, build, digest, json_schema, load
 from wmss_jax.evals.graders import GRADERS
 
@@ -298,7 +298,7 @@ def test_sources_are_written_as_a_path_a_source_or_a_list(recipe, written, paths
     loaded = load(recipe(dataset={"train": written}, eval=eval_))
     assert [source.path for source in loaded.dataset.train] == paths
     assert loaded.eval.data == loaded.dataset.train
-    assert load(recipe(**task(source="org/c"))).eval.tasks["svamp"].source == config.SourceConfig(path="org/c")
+    assert load(recipe(**task(source="org/c"))).eval.tasks["svamp"].source == sources.SourceConfig(path="org/c")
 
 
 def test_arms_are_the_joint_stage_with_the_differences_of_the_controls(recipe):
@@ -310,7 +310,7 @@ def test_arms_are_the_joint_stage_with_the_differences_of_the_controls(recipe):
     }
     arms = load(recipe(joint=joint, controls=controls)).arms()
     expected = {"joint": joint} | {name: joint | control for name, control in controls.items()}
-    assert arms == {name: config.JointConfig.model_validate(arm) for name, arm in expected.items()}
+    assert arms == {name: stage_config.JointConfig.model_validate(arm) for name, arm in expected.items()}
     assert list(arms) == ["joint", "more_sft", "frozen", "uniform"]
 
 
@@ -336,9 +336,9 @@ def test_overrides_reach_every_kind_of_section(recipe):
         "eval.tasks.svamp.limit=3",
     ]
     loaded = load(path, overrides)
-    assert loaded.optimizer == config.OptimizerConfig(b1=0.5, clip_norm=None)
-    assert loaded.dataset.train == (config.SourceConfig(path="b.jsonl"),)
-    assert loaded.pretrain == config.PretrainConfig(steps=5)
+    assert loaded.optimizer == training_config.OptimizerConfig(b1=0.5, clip_norm=None)
+    assert loaded.dataset.train == (sources.SourceConfig(path="b.jsonl"),)
+    assert loaded.pretrain == stage_config.PretrainConfig(steps=5)
     assert loaded.joint.objective.model_dump() == {"name": "other", "schedule": [1, "a=b"]}
     assert loaded.controls["more"].resample is False
     assert loaded.eval.tasks["svamp"].limit == 3
@@ -382,7 +382,7 @@ def values(hint: Any, metadata=()) -> st.SearchStrategy:
 @st.composite
 def sections(draw, model):
     """Arguments of a section: any subset of the optional fields."""
-    if model is config.SourceConfig:
+    if model is sources.SourceConfig:
         path = draw(st.sampled_from([{"path": "a.jsonl"}, {"path": "owner/name", "split": "test"}]))
         return path | {"limit": draw(st.none() | st.integers(1, 9))} | draw(st.sampled_from(MEANINGS))
     drawn = {
@@ -390,30 +390,30 @@ def sections(draw, model):
         for name, field in model.model_fields.items()
         if field.is_required() or draw(st.booleans())
     }
-    if model is config.ModelConfig:
+    if model is training_config.ModelConfig:
         origins = [{"path": "p", "config": None, "tokenizer": "t"}, {"config": "c", "path": None}]
         drawn |= draw(st.sampled_from(origins))
-    if model is config.OptimizerConfig and drawn.get("warmup_steps") is not None:
+    if model is training_config.OptimizerConfig and drawn.get("warmup_steps") is not None:
         drawn.pop("warmup_fraction", None)
-    if model is config.CurriculumConfig:
+    if model is stage_config.CurriculumConfig:
         drawn |= {"gamma": 0.5}
-    if model is config.ObjectiveConfig:
+    if model is stage_config.ObjectiveConfig:
         scalars = st.one_of(st.none(), st.booleans(), st.integers(), TEXTS)
         drawn |= draw(st.dictionaries(st.sampled_from(["lam", "tau"]), scalars))
-    if model is config.WeakConfig:
+    if model is weak_config.WeakConfig:
         drawn["path"] = None  # goes with few of the others
         resident = {"placement": "resident", "cache": None, "cache_budget_gb": None}
         checkpoint = {"source": draw(st.sampled_from([{"name": "base"}, {"name": "sft_step", "step": 3}]))}
         drawn |= checkpoint | draw(st.sampled_from([{"placement": "cached", "trainable": False}, resident]))
         if drawn.get("trainable"):
             drawn["control"] = "none"
-    if model is config.JointConfig and drawn.get("curriculum") is not None:
+    if model is stage_config.JointConfig and drawn.get("curriculum") is not None:
         drawn["resample"] = True
     if model is config.ExportConfig:
         drawn["format"] = "model"
-    if model is config.DatasetConfig and drawn.get("system_prompt") is not None:
+    if model is training_config.DatasetConfig and drawn.get("system_prompt") is not None:
         drawn["chat_template"] = True
-    if model is config.ControlConfig:
+    if model is stage_config.ControlConfig:
         drawn["resample"] = drawn.get("curriculum") is not None or draw(st.booleans())
     if model is config.TaskConfig:
         own = {"task": None, "grader": "exact", "source": {"path": "a.jsonl", "prompt": "{q}", "answer": "{a}"}}

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from wmss_jax import optim
-from wmss_jax.config import OptimizerConfig
+from wmss_jax.training_config import OptimizerConfig
 
 
 def config(**fields):

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "wmss_jax"
 # From the bottom up. A module imports only from layers below its own, and within a layer only where "+" says so.
 LAYERS = [
     ["precision", "matmul", "yamlfile", "digests", "durable", "sources", "hlo"],
-    ["weak_config"],
+    ["weak_config", "training_config"],
+    ["stage_config"],
     ["objectives.tokens"],
     ["objectives.mixing", "objectives.likelihood", "objectives.distillation"],
     ["objectives.controls"],

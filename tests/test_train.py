@@ -17,10 +17,23 @@ import pytest
 import recipes
 import tiny
 
-from wmss_jax import checkpoint, config, epochs, flops, hf, objectives, optim, preemption, roles, runs, step, train
+from wmss_jax import (
+    checkpoint,
+    epochs,
+    flops,
+    hf,
+    objectives,
+    optim,
+    preemption,
+    roles,
+    runs,
+    step,
+    train,
+    training_config,
+)
 
 TOTAL = 6
-ADAM = config.OptimizerConfig(peak_lr=3e-3, warmup_fraction=0.4, schedule="cosine", weight_decay=0.1)
+ADAM = training_config.OptimizerConfig(peak_lr=3e-3, warmup_fraction=0.4, schedule="cosine", weight_decay=0.1)
 EMA = ADAM.model_copy(update={"ema_decay": 0.6})
 
 
@@ -96,7 +109,7 @@ def joint(run, directory):
 
 def best(run, directory):
     """A rate so high that the held-out loss does not fall to the end."""
-    rate = config.OptimizerConfig(peak_lr=0.03, schedule="constant")
+    rate = training_config.OptimizerConfig(peak_lr=0.03, schedule="constant")
     plan = epochs.plan(run.dataset.lengths[:8], seq_len=32, batch_size=4, seed=1, steps=10)
     loop = run.recipe.train.model_copy(update={"checkpoint_every_steps": 4})
     return make_job(

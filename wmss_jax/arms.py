@@ -6,7 +6,7 @@ What makes no sense together is refused here, where the objectives are known, be
 import dataclasses
 from collections.abc import Mapping
 
-from wmss_jax import config
+from wmss_jax import config, stage_config, weak_config
 from wmss_jax.config import ConfigError
 from wmss_jax.models import CausalLM
 from wmss_jax.neftune import Neftune
@@ -32,7 +32,7 @@ def objective(recipe: config.RunConfig, name: str) -> Objective:
     if "reference" not in roles and own.reference == "base":
         raise ConfigError(f"{where}.reference: {said} holds on to none; leave it out")
     if "weak" not in roles:
-        if own.weak not in (None, config.WeakConfig()):
+        if own.weak not in (None, weak_config.WeakConfig()):
             raise ConfigError(f"{where}.weak: {said} has no weak agent; leave it out")
         return found
     if isinstance(found, SelfDistill) and arm.weak.trainable:
@@ -44,7 +44,7 @@ def objective(recipe: config.RunConfig, name: str) -> Objective:
     return ControlledMix(found, arm.weak.control)  # pyright: ignore[reportReturnType]  (its roles are of the object)
 
 
-def source(arm: config.JointConfig, found: Objective) -> Source | None:
+def source(arm: stage_config.JointConfig, found: Objective) -> Source | None:
     """Return what makes the weak agent's parameters; None where they are a checkpoint's, or there is none."""
     weak = arm.weak.source
     if "weak" not in found.roles:
@@ -59,12 +59,12 @@ def source(arm: config.JointConfig, found: Objective) -> Source | None:
     return None if weak.std is None else Noise(weak.std, weak.seed)
 
 
-def trained(arm: config.JointConfig, found: Objective) -> tuple[str, ...]:
+def trained(arm: stage_config.JointConfig, found: Objective) -> tuple[str, ...]:
     """Return the roles that are trained."""
     return tuple(role for role in found.roles if role == "strong" or (role == "weak" and arm.weak.trainable))
 
 
-def neftune(stage: config.StageConfig) -> Neftune | None:
+def neftune(stage: stage_config.StageConfig) -> Neftune | None:
     """Return the noise on a stage's embeddings; None where there is none."""
     wanted = stage.neftune
     return None if wanted is None or wanted.alpha == 0 else Neftune(wanted.alpha, wanted.length)

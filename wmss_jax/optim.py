@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 if TYPE_CHECKING:
-    from wmss_jax.config import OptimizerConfig
+    from wmss_jax.training_config import OptimizerConfig
 
 
 def make(config: "OptimizerConfig", total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -39,6 +39,7 @@ from wmss_jax import (
     roles,
     scoring,
     selection,
+    stage_config,
     train,
 )
 from wmss_jax.evals.tasks import evaluate_all, read_tasks
@@ -248,7 +249,7 @@ def _hidden_states(
 
 
 def _work(
-    run: Run, name: str, stage: config.StageConfig, objective: objectives.Objective,
+    run: Run, name: str, stage: stage_config.StageConfig, objective: objectives.Objective,
     refs: Mapping[str, ModelRef], trained: tuple[str, ...], plan: epochs.Plan, extra: Mapping[str, Any] = {},
     weak_hidden: Callable[[], WeakCache] | None = None, source: Source | None = None,
 ) -> Work:  # fmt: skip
@@ -321,7 +322,7 @@ def _train(run: Run, work: Work) -> ModelRef:
     return ModelRef(run.work / output["checkpoint"], "strong", work.settings, work.base)
 
 
-def _plan(run: Run, name: str, stage: config.StageConfig, probs: np.ndarray | None = None) -> epochs.Plan:
+def _plan(run: Run, name: str, stage: stage_config.StageConfig, probs: np.ndarray | None = None) -> epochs.Plan:
     c, d = getattr(stage, "curriculum", None) or run.recipe.curriculum, run.recipe.dataset
     return epochs.plan(
         run.dataset.lengths, seq_len=d.seq_len, batch_size=d.batch_size,
@@ -330,7 +331,7 @@ def _plan(run: Run, name: str, stage: config.StageConfig, probs: np.ndarray | No
     )  # fmt: skip
 
 
-def _held_out(run: Run, stage: config.StageConfig, plan: epochs.Plan) -> train.HeldOut | None:
+def _held_out(run: Run, stage: stage_config.StageConfig, plan: epochs.Plan) -> train.HeldOut | None:
     if run.held_out is None:
         return None
     d, evaluation = run.recipe.dataset, run.recipe.eval

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from wmss_jax import arms, checkpoint, config, flops, hf, objectives, optim, roles, sharding, step
+from wmss_jax import arms, checkpoint, config, flops, hf, objectives, optim, roles, sharding, stage_config, step
 from wmss_jax.models import CausalLM
 from wmss_jax.models.lora import Lora
 from wmss_jax.weak_source import Ema
@@ -85,9 +85,9 @@ def _config_at(path: str) -> dict[str, Any]:
 
 def _train(
     recipe: config.RunConfig, stored: Mapping[str, _Stored], mesh: Mesh, objective: objectives.Objective,
-    trained: tuple[str, ...], stage: config.StageConfig,
+    trained: tuple[str, ...], stage: stage_config.StageConfig,
 ) -> Program:  # fmt: skip
-    joint = stage if isinstance(stage, config.JointConfig) else None
+    joint = stage if isinstance(stage, stage_config.JointConfig) else None
     loop, d, own = recipe.train, recipe.dataset, stored["strong"]
     source = None if joint is None else arms.source(joint, objective)
     rest = tuple(role for role in objective.roles if role not in trained)
@@ -135,7 +135,7 @@ def _train(
     )  # fmt: skip
 
 
-def _of_sft(joint: config.JointConfig | None, frozen: tuple[str, ...]) -> set[str]:
+def _of_sft(joint: stage_config.JointConfig | None, frozen: tuple[str, ...]) -> set[str]:
     """Return the frozen roles that are checkpoints of the SFT: held as it trains them, whole or as adapters."""
     if joint is None:
         return set()

@@ -24,8 +24,10 @@ from wmss_jax import (
     sharding,
     stages,
     tokenizer,
+    training_config,
 )
 from wmss_jax.models.lora import Lora
+from wmss_jax.sources import SourceConfig
 from wmss_jax.stages import ModelRef
 
 
@@ -69,7 +71,7 @@ class Run:
         _check_vocabulary(self, found, f"{key}: {model}")
         return found
 
-    def encoded(self, sources: Sequence[config.SourceConfig]) -> data.Dataset:
+    def encoded(self, sources: Sequence[SourceConfig]) -> data.Dataset:
         """Return other examples than the recipe's own, encoded alike."""
         return _encoded(self.recipe, self.tokenizer, sources)
 
@@ -145,7 +147,7 @@ def _check_lora(recipe: config.RunConfig) -> None:
         hf.from_config(hf.read_config(_model_source(recipe)), lora=_lora(recipe.lora))
 
 
-def _lora(wanted: config.LoraConfig) -> Lora:
+def _lora(wanted: training_config.LoraConfig) -> Lora:
     return Lora(wanted.rank, wanted.alpha, wanted.targets)
 
 
@@ -155,7 +157,7 @@ def _model_source(recipe: config.RunConfig) -> Path:
     return Path(m.config) if m.config is not None else hf.resolve(str(m.path))
 
 
-def _encoded(recipe: config.RunConfig, made: Any, sources: Sequence[config.SourceConfig]) -> data.Dataset:
+def _encoded(recipe: config.RunConfig, made: Any, sources: Sequence[SourceConfig]) -> data.Dataset:
     d = recipe.dataset
     prepare = functools.partial(
         data.prepare, sources, made, root=recipe.data, seq_len=d.seq_len, too_long=d.too_long,
@@ -179,7 +181,7 @@ def _assets(recipe: config.RunConfig, work: Path) -> Any:
         if directory.exists():
             return
         with hf.new_directory(directory) as new:
-            if isinstance(m.tokenizer, config.TokenizerConfig):
+            if isinstance(m.tokenizer, training_config.TokenizerConfig):
                 made = tokenizer.train(_texts(recipe), m.tokenizer.vocab_size, new)
             else:
                 made = tokenizer.load(found)
@@ -210,7 +212,7 @@ def _tokenizer_inputs(recipe: config.RunConfig, found: Path) -> dict[str, Any]:
     """Return what tells one tokenizer from another: its files, or what it is trained on."""
     wanted = recipe.model.tokenizer
     crc = lambda content: f"{zlib.crc32(content):08x}"
-    if not isinstance(wanted, config.TokenizerConfig):
+    if not isinstance(wanted, training_config.TokenizerConfig):
         if not any((found / name).exists() for name in tokenizer.FILES):
             raise ValueError(f"{found}: holds no tokenizer (tokenizer.json); say in model.tokenizer which to use")
         return {name: crc((found / name).read_bytes()) for name in hf.CARRIED if (found / name).exists()}
@@ -220,7 +222,7 @@ def _tokenizer_inputs(recipe: config.RunConfig, found: Path) -> dict[str, Any]:
     return {"vocab_size": wanted.vocab_size, "texts": crc(repr(texts).encode())}
 
 
-def _sources(recipe: config.RunConfig) -> tuple[config.SourceConfig, ...]:
+def _sources(recipe: config.RunConfig) -> tuple[SourceConfig, ...]:
     return (*recipe.dataset.train, *(recipe.pretrain.train if recipe.pretrain else ()))
 
 

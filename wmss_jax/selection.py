@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wmss_jax import config, curriculum, processes, scoring, weak_cache
+from wmss_jax import curriculum, processes, scoring, stage_config, weak_cache, weak_config
 from wmss_jax.runs import Run
 from wmss_jax.stages import ModelRef
 from wmss_jax.weak_cache import WeakCache
@@ -28,7 +28,7 @@ def scores(run: Run, ref: ModelRef, known: scoring.Scores | None = None) -> scor
     return scoring.read(run.work / run.stage(f"score-{digest}", inputs, work)["scores"], run.dataset)
 
 
-def hidden_states(run: Run, ref: ModelRef, weak: config.WeakConfig) -> Callable[[], WeakCache]:
+def hidden_states(run: Run, ref: ModelRef, weak: weak_config.WeakConfig) -> Callable[[], WeakCache]:
     """Return what opens the cached hidden states of a model; they are made here, with its scores, unless given.
 
     Raises:
@@ -111,7 +111,7 @@ def of_arms(
 
 
 def curriculum_of(
-    run: Run, number: int, weak: ModelRef, strong: ModelRef, c: config.CurriculumConfig, arm: str | None = None
+    run: Run, number: int, weak: ModelRef, strong: ModelRef, c: stage_config.CurriculumConfig, arm: str | None = None
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return the sampling probabilities of a round, and their report; stop where they would leave a handful.
 
@@ -145,7 +145,7 @@ def curriculum_of(
 
 
 def probabilities(
-    c: config.CurriculumConfig, found: Mapping[str, scoring.Scores], n: int, seed: int
+    c: stage_config.CurriculumConfig, found: Mapping[str, scoring.Scores], n: int, seed: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return the sampling probabilities of n examples, and a report.
 
@@ -170,7 +170,7 @@ def probabilities(
     return probs, report
 
 
-def collapse(c: config.CurriculumConfig, report: Mapping[str, Any], n: int) -> str:
+def collapse(c: stage_config.CurriculumConfig, report: Mapping[str, Any], n: int) -> str:
     """Return why a curriculum over `n` examples is not accepted, and what to do."""
     share = report["effective_share"]
     return (

@@ -24,7 +24,7 @@ from wmss_jax.weak_cache import WeakCache
 from wmss_jax.weak_source import Ema, Source
 
 if TYPE_CHECKING:
-    from wmss_jax.config import OptimizerConfig, TrainConfig
+    from wmss_jax.training_config import OptimizerConfig, TrainConfig
 
 
 class NonFiniteLoss(ArithmeticError):

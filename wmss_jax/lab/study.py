@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from wmss_jax import config, examples, yamlfile
+from wmss_jax import config, examples, stage_config, yamlfile
 from wmss_jax.config import ConfigError, RunConfig
 from wmss_jax.lab.problems import ProblemsConfig
 from wmss_jax.sources import Section, Text
@@ -201,7 +201,7 @@ def _keeping_steps(base: RunConfig, arms: Mapping[str, RunConfig]) -> RunConfig:
     """Return the base with controls for the arms whose weak agent is a step of the SFT, which then keeps that step."""
     joints = [arm.joint for arm in arms.values() if arm.joint.weak.source.step is not None]
     kept = {
-        f"sft_step_{joint.weak.source.step}": config.ControlConfig(objective=joint.objective, weak=joint.weak)
+        f"sft_step_{joint.weak.source.step}": stage_config.ControlConfig(objective=joint.objective, weak=joint.weak)
         for joint in joints
     }
     return base.model_copy(update={"controls": kept})
