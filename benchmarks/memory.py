@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 import wmss_jax as wmss
 from benchmarks import timing
-from wmss_jax import head, sharding, step
+from wmss_jax import head, sharding, train_state
 from wmss_jax.models import CausalLM, qwen3
 from wmss_jax.models.lora import Lora
 from wmss_jax.objectives import LogitMix, Sft
@@ -72,7 +72,7 @@ def compiled(variant: str, T: int, V: int, chunk: int | None, compute_dtype: str
         models = {"strong": adapted, "weak": model}
     tx = optax.adamw(1e-4)
     train_step = wmss.make_train_step(models, objective, tx, mesh=mesh, chunk_tokens=chunk)
-    return train_step.lower(step.abstract_state(trained, tx), frozen, batch).compile()
+    return train_step.lower(train_state.abstract_state(trained, tx), frozen, batch).compile()
 
 
 def largest_logits_buffer(hlo: str, V: int, mesh: Mesh | None) -> int:

@@ -15,7 +15,7 @@ import tiny
 from conftest import accelerators
 from test_attention import dense, inputs, segments_of
 
-from wmss_jax import attention, sharding, step
+from wmss_jax import attention, sharding, step, train_state
 from wmss_jax.objectives import LogitMix
 
 pytestmark = pytest.mark.accelerator
@@ -69,7 +69,7 @@ def test_the_step_learns_as_on_a_cpu(mesh, compute, tolerance):
 
     def losses(model, mesh, device):
         place = (lambda tree: on(mesh, tree)) if mesh else (lambda tree: jax.device_put(tree, device))
-        state, weak = step.init_state({"strong": place(tiny.params(MODEL, 0))}, tx), place(tiny.params(MODEL, 1))
+        state, weak = train_state.init_state({"strong": place(tiny.params(MODEL, 0))}, tx), place(tiny.params(MODEL, 1))
         train_step = step.make_train_step(model, LogitMix(), tx, mesh=mesh)
         found = []
         for _ in range(5):

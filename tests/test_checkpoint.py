@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from wmss_jax import checkpoint, digests, sharding
 from wmss_jax.checkpoint import CheckpointDamaged
-from wmss_jax.step import TrainState
+from wmss_jax.train_state import TrainState
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16))
 MESHES = {"1": (1, 1, 1), "4": (1, 4, 1), "8": (1, 8, 1), "2x2x2": (2, 2, 2), "tensor": (1, 4, 2), "data": (8, 1, 1)}

@@ -21,12 +21,12 @@ NAMES = [DIRECTORY, SWITCH, *compilation.SETTINGS, "jax_compilation_cache_max_si
 PROCESS = """
 import collections, json
 import jax, optax, recipes, tiny
-from wmss_jax import objectives, runs, step
+from wmss_jax import objectives, runs, step, train_state
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
 runs.prepare(recipes.load(), say=lambda _: None)
 model, tx = tiny.model(), optax.sgd(0.1)
-state, first = step.init_state({"strong": tiny.params(model)}, tx), tiny.batch()
+state, first = train_state.init_state({"strong": tiny.params(model)}, tx), tiny.batch()
 train_step = step.make_train_step(model, objectives.Sft(), tx)
 for _ in range(2):
     state, metrics = train_step(state, {}, first)

@@ -29,7 +29,7 @@ LAYERS = [
     ["models.gemma2", "models.gemma3", "models.llama", "models.olmo2", "models.phi3"],
     ["models.mistral", "models.qwen2", "models.qwen3", "models.qwen3_moe", "models.smollm3"],
     ["models"],
-    ["flops", "decoding", "weak_source", "neftune"],
+    ["flops", "decoding", "weak_source", "neftune", "train_state"],
     ["arms"],
     ["step"],
     ["processes", "watchdog", "compilation", "tensorfile", "tracking", "tokenizer", "examples", "topologies", "card"],

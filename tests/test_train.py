@@ -27,8 +27,8 @@ from wmss_jax import (
     preemption,
     roles,
     runs,
-    step,
     train,
+    train_state,
     training_config,
 )
 
@@ -128,7 +128,7 @@ def held_out(run, **settings):
 def state_of(job, directory):
     tx, _ = optim.make(job.optimizer, job.plan.total_steps)
     params = {role: job.models[role].abstract() for role in job.trained_roles}
-    return checkpoint.restore(directory, step.abstract_state(params, tx))
+    return checkpoint.restore(directory, train_state.abstract_state(params, tx))
 
 
 def assert_same(got, wanted):

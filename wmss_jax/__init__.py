@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from wmss_jax import curriculum, objectives, packing
     from wmss_jax.hf import load, load_branches, save
     from wmss_jax.sharding import make_mesh
-    from wmss_jax.step import TrainState, init_state, loss, make_eval_step, make_train_step, score
+    from wmss_jax.step import loss, make_eval_step, make_train_step, score
+    from wmss_jax.train_state import TrainState, init_state
 
 __version__ = "0.1.0"
 
@@ -27,8 +28,8 @@ _HOME = {
     "load_branches": "hf",
     "save": "hf",
     "make_mesh": "sharding",
-    "TrainState": "step",
-    "init_state": "step",
+    "TrainState": "train_state",
+    "init_state": "train_state",
     "loss": "step",
     "make_eval_step": "step",
     "make_train_step": "step",

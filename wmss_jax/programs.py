@@ -12,7 +12,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from wmss_jax import arms, checkpoint, config, flops, hf, objectives, optim, roles, sharding, stage_config, step
+from wmss_jax import (
+    arms,
+    checkpoint,
+    config,
+    flops,
+    hf,
+    objectives,
+    optim,
+    roles,
+    sharding,
+    stage_config,
+    step,
+    train_state,
+)
 from wmss_jax.models import CausalLM
 from wmss_jax.models.lora import Lora
 from wmss_jax.weak_source import Ema
@@ -117,7 +130,7 @@ def _train(
     tx, _ = optim.make(recipe.optimizer, 1000)  # how many steps it plans for makes no difference here
     if isinstance(source, Ema):
         tx = optim.with_weak_average(tx, source.decay)
-    state = step.abstract_state({r: models[r].abstract(recipe.model.param_dtype, mesh) for r in trained}, tx)
+    state = train_state.abstract_state({r: models[r].abstract(recipe.model.param_dtype, mesh) for r in trained}, tx)
     function = step.make_train_step(
         models, objective, tx, mesh=mesh, micro_batches=loop.micro_batches, chunk_tokens=loop.head_chunk_tokens,
         z_loss=loop.z_loss, diagnose_every=loop.diagnose_every_steps, seed=recipe.seed,

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, preemption, roles, sharding, step
+from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, preemption, roles, sharding, step, train_state
 from wmss_jax.models import CausalLM
 from wmss_jax.neftune import Neftune
 from wmss_jax.objectives import Objective, Sft
@@ -183,18 +183,18 @@ def with_averages(job: Job, tx: optax.GradientTransformation) -> optax.GradientT
     return optim.with_weak_average(tx, source.decay) if isinstance(source, Ema) else tx
 
 
-def _first_state(job: Job, tx: optax.GradientTransformation) -> step.TrainState:
+def _first_state(job: Job, tx: optax.GradientTransformation) -> train_state.TrainState:
     """Return the newest checkpoint's state, or else the one before the first step."""
     params = {role: job.models[role].abstract(job.param_dtype, job.mesh) for role in job.trained_roles}
     try:
         resumed = checkpoint.resume(
-            _checkpoints(job), step.abstract_state(params, tx), job.loop.verify,
+            _checkpoints(job), train_state.abstract_state(params, tx), job.loop.verify,
             use_previous=job.loop.resume_from == "newest_intact",
         )  # fmt: skip
     except checkpoint.CheckpointDamaged as error:
         said = str(error).replace("use_previous=True", "train.resume_from=newest_intact")  # as a recipe has it
         raise checkpoint.CheckpointDamaged(said) from error
-    return step.init_state(job.trained(), tx) if resumed is None else resumed[1]
+    return train_state.init_state(job.trained(), tx) if resumed is None else resumed[1]
 
 
 def _result(job: Job) -> Path:
@@ -211,7 +211,7 @@ def _checkpoints(job: Job) -> Path:
     return job.directory / "checkpoints"
 
 
-def shipped(state: step.TrainState, job: Job) -> PyTree[Array]:
+def shipped(state: train_state.TrainState, job: Job) -> PyTree[Array]:
     """Return the parameters that a stage hands on: with an average, the average."""
     if job.optimizer.ema_decay is None:
         return state.params

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from wmss_jax import arms, data, optim, pipeline, scoring, selection, sharding, step, train
+from wmss_jax import arms, data, optim, pipeline, scoring, selection, sharding, step, train, train_state
 from wmss_jax.config import RunConfig
 from wmss_jax.evals.tasks import Tasks, answers, read_tasks
 from wmss_jax.lab.results import Figures, Measured
@@ -134,7 +134,7 @@ class Bench:
 
 class _Program(NamedTuple):
     tx: optax.GradientTransformation
-    step: Callable[..., tuple[step.TrainState, dict[str, Array]]]
+    step: Callable[..., tuple[train_state.TrainState, dict[str, Array]]]
 
 
 class Trainer:
@@ -154,7 +154,7 @@ class Trainer:
             train.NonFiniteLoss: a loss is NaN or infinite.
         """
         program, frozen = self._program(job), job.frozen()
-        state = step.init_state(job.trained(), program.tx)
+        state = train_state.init_state(job.trained(), program.tx)
         state = state._replace(opt_state=optax.tree.set(state.opt_state, peak_lr=jnp.float32(rate)))
         seed = jnp.uint32(job.seed)
         history = []
