@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
-from wmss_jax import encoding
+from wmss_jax import chat_template, encoding
 from wmss_jax.examples import Example
 
 
@@ -119,7 +119,7 @@ def test_calls_of_tools_keep_their_thinking_within_a_question():
 
 def test_generation_prompt_that_opens_the_thinking():
     tokenizer = chats.with_template(chats.R1)
-    assert encoding.chat_format(tokenizer).header == "<|turn|><think>\n"
+    assert chat_template.chat_format(tokenizer).header == "<|turn|><think>\n"
     assert shown(chat(*[(m["role"], m["content"]) for m in TWO_TURNS.messages[1:]]), tokenizer) == (
         "<|bos|><|im_start|>1 + 1?<|turn|>⟦\n\n2<|eos|>⟧<|im_start|>plus 3?<|turn|>⟦\n\n5<|eos|>⟧"
     )
@@ -188,7 +188,7 @@ RENDERED = [(family, name) for family in chats.FAMILIES for name in chats.golden
 
 @pytest.mark.parametrize(("family", "name"), RENDERED)
 def test_templates_of_the_families(family, name, monkeypatch):
-    monkeypatch.setattr(chat_template_utils, "datetime", types.SimpleNamespace(now=lambda: encoding.TODAY))
+    monkeypatch.setattr(chat_template_utils, "datetime", types.SimpleNamespace(now=lambda: chat_template.TODAY))
     golden, tokenizer = chats.golden(family)[name], chats.of_family(family)
     example = chat(*CHATS[name])._replace(location="f:1")
     if golden.startswith("! "):

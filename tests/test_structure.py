@@ -33,7 +33,7 @@ LAYERS = [
     ["arms"],
     ["step"],
     ["processes", "watchdog", "compilation", "tensorfile", "tracking", "tokenizer", "examples", "topologies", "card"],
-    ["preemption", "streaming", "evals.sandbox", "evals.inside"],
+    ["preemption", "streaming", "chat_template", "evals.sandbox", "evals.inside"],
     ["hf", "encoding", "generate", "evals.graders", "evals.statistics", "evals.killable", "evals.symbolic"],
     ["endings", "evals.catalog"],
     ["evals.questions"],
