@@ -12,6 +12,7 @@ Figures are JSON lines as elsewhere; `--profile DIR` prints which kernels a step
 import argparse
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import gc
 import time
@@ -27,18 +28,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wmss_jax as wmss
-from benchmarks import timing
+from benchmarks import shapes, timing
 from wmss_jax import flops, hardware, step
-from wmss_jax.models import CausalLM, qwen3
+from wmss_jax.models import CausalLM
 from wmss_jax.models.lora import Lora
 from wmss_jax.objectives import LogitMix, Sft
 
-# Width, MLP width, layers, heads, kv heads, head size, tied, vocabulary: of the published config.json files.
-SHAPES = {
-    "qwen3_0_6b": (1024, 3072, 28, 16, 8, 128, True, 151936),
-    "qwen3_8b": (4096, 12288, 36, 32, 8, 128, False, 151936),
-    "tiny": (64, 128, 2, 2, 1, 32, True, 512),  # to try the program itself
-}
 LORA = Lora(rank=16, alpha=32.0)
 # What a step does with strong and weak (flops.Use), and whose loss its first one is to be.
 USES: dict[str, tuple[flops.Use, ...]] = {
@@ -68,16 +63,14 @@ class Setup:
     """The model, its parameters and the batch."""
 
     def __init__(self, args: argparse.Namespace):
-        D, F, L, N, K, H, tied, V = SHAPES[args.shape]
-        config = qwen3.Config(
-            vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=args.layers or L, num_heads=N,
-            num_kv_heads=K, head_dim=H, rope_theta=1e6, norm_eps=1e-6, tied=tied, max_positions=40960,
-        )  # fmt: skip
+        config = shapes.config(args.shape)
+        if args.layers:
+            config = dataclasses.replace(config, num_layers=args.layers)
         make = functools.partial(CausalLM, "qwen3", config, "bfloat16", args.remat, args.attention)
         self.model, self.adapted = make(), make(lora=LORA)
         self.mesh: Mesh = wmss.make_mesh(devices=jax.devices()[:1])
         self.tx = optax.adamw(1e-5)
-        self.batch = jax.device_put(packed(V, args.rows, args.seq), NamedSharding(self.mesh, P()))
+        self.batch = jax.device_put(packed(config.vocab_size, args.rows, args.seq), NamedSharding(self.mesh, P()))
 
     @functools.cached_property
     def strong(self) -> Any:
@@ -113,16 +106,18 @@ class Setup:
             return {"base": self.base}, self.batch
         return ({"weak": self.weak} if variant == "resident" else {}), self.batch
 
-    def function(self, variant: str, chunk: int | None) -> Callable:
-        """Return the jitted step of a variant."""
+    def function(self, variant: str, chunk: int | None, remat: str | None) -> Callable:
+        """Return the jitted step of a variant; None: with the default chunk, or remat."""
+        remat = self.model.remat if remat is None else remat
+        model, adapted = (dataclasses.replace(model, remat=remat) for model in (self.model, self.adapted))
         make = functools.partial(wmss.make_train_step, tx=self.tx, mesh=self.mesh, chunk_tokens=chunk)
         if variant == "dense":
-            return jax.jit(functools.partial(_dense_step, model=self.model, tx=self.tx), donate_argnums=0)
+            return jax.jit(functools.partial(_dense_step, model=model, tx=self.tx), donate_argnums=0)
         if variant == "lora":
-            return make({"strong": self.adapted, "weak": self.model}, LogitMix(0.5))
+            return make({"strong": adapted, "weak": model}, LogitMix(0.5))
         if variant == "lora_sft":
-            return make(self.adapted, Sft())
-        return make(self.model, Sft() if variant == "sft" else LogitMix(0.5))
+            return make(adapted, Sft())
+        return make(model, Sft() if variant == "sft" else LogitMix(0.5))
 
 
 def packed(V: int, rows: int, T: int) -> dict[str, np.ndarray]:
@@ -154,13 +149,14 @@ def _dense_step(
     return wmss.TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), {"loss": value}
 
 
-def compiled(setup: Setup, wanted: Sequence[tuple[str, int | None]]) -> Iterator[Variant]:
-    """Yield (variant, chunk) compiled, several at once: the compiler of one program uses few cores."""
+def compiled(setup: Setup, wanted: Sequence[tuple[str, int | None, str | None]]) -> Iterator[Variant]:
+    """Yield (variant, chunk, remat) compiled, several at once: the compiler of one program uses few cores."""
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         jobs = []
-        for use, chunk in wanted:
-            lowered = setup.function(use, chunk).lower(setup.state(KINDS[use]), *setup.rest(use))
-            jobs.append((use if chunk is None else f"{use}_chunk_{chunk}", use, pool.submit(_timed, lowered.compile)))
+        for use, chunk, remat in wanted:
+            lowered = setup.function(use, chunk, remat).lower(setup.state(KINDS[use]), *setup.rest(use))
+            name = use + (f"_chunk_{chunk}" if chunk else "") + (f"_remat_{remat}" if remat else "")
+            jobs.append((name, use, pool.submit(_timed, lowered.compile)))
         for name, use, job in jobs:
             try:
                 yield Variant(name, use, *job.result())
@@ -276,7 +272,7 @@ def profile(directory: Path, name: str, run: Callable[[], None], most: int = 25)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3_0_6b", help="default qwen3_0_6b")
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="qwen3_0_6b", help="default qwen3_0_6b")
     parser.add_argument("--layers", type=int, help="default: the shape's")
     parser.add_argument("--rows", type=int, default=4, help="default 4")
     parser.add_argument("--seq", type=int, default=4096, help="default 4096")
@@ -284,13 +280,16 @@ def main() -> None:
     parser.add_argument("--attention", help="backend; default: the device's own")
     parser.add_argument("--variants", nargs="+", choices=USES, default=list(USES), help="default: all")
     parser.add_argument("--chunks", nargs="+", type=int, default=[], help="also sft and resident with these chunks")
+    parser.add_argument("--remats", nargs="+", default=[], help="also sft and resident with these")
     parser.add_argument("--rounds", type=int, default=15, help="default 15")
     parser.add_argument("--profile", type=Path, help="directory for traces")
     args = parser.parse_args()
     timing.say(timing.one_line(timing.machine()))
     setup = Setup(args)
-    wanted = [(use, None) for use in args.variants]
-    wanted += [(use, chunk) for chunk in args.chunks for use in ("sft", "resident") if use in args.variants]
+    both = [use for use in ("sft", "resident") if use in args.variants]
+    wanted = [(use, None, None) for use in args.variants]
+    wanted += [(use, chunk, None) for chunk in args.chunks for use in both]
+    wanted += [(use, None, remat) for remat in args.remats for use in both]
     variants = list(compiled(setup, wanted))
     timing.say(f"compiled {len(variants)} programs")
     losses = first_steps(setup, variants)
