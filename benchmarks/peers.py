@@ -1,25 +1,29 @@
 """One training step of wmss_jax against transformers, a two-model loop in torch, and Tunix.
 
     python -m benchmarks.peers [--layers 4 --width 256 --vocab 32768 --rows 4 --seq 512] [--pairs 15]
+    python -m benchmarks.peers --device gpu --shape qwen3_0_6b --rows 2 --seq 4096
 
 All train the same Qwen3 from the same Hugging Face directory on the same batch, in float32, with the same AdamW, on
-the same one core. Each is a process of its own in its own environment (see environments.py; torch's takes 5 GB) that
-takes a step when told to, so that they can be timed in turn while the others sleep. A comparison counts if the losses
-of both sides agree.
+the same one core; or on one GPU with products in bfloat16, one after another, since none shares its memory. Each is a
+process of its own in its own environment (see environments.py; torch's takes 5 GB, and $WMSS_BENCH_PYTHON_TORCH names
+one that is there) that takes a step when told to, so that they can be timed in turn while others sleep. A comparison
+counts if the losses of both sides agree.
 """
 
 import argparse
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import environments, timing
+from benchmarks import environments, shapes, timing
 
-LOSS_TOLERANCE = 1e-4
+LOSS_TOLERANCES = {"cpu": 1e-4, "gpu": 2e-2}  # of losses of about 12; bfloat16's own error is 1e-2 of logits of order 1
 WARMUP_STEPS = 3  # compilation, allocators; and losses that agree after it show that the optimizers do
 WORKERS = Path(__file__).parent / "peer_workers"
 
@@ -69,7 +73,9 @@ class Worker:
     def __init__(self, name: str, side: Side, directory: Path):
         python = sys.executable
         if side.environment is not None:
-            python = str(environments.python_of(side.environment, _requirements(side.environment)))
+            python = os.environ.get(f"WMSS_BENCH_PYTHON_{side.environment.upper()}") or str(
+                environments.python_of(side.environment, _requirements(side.environment))
+            )
         script, *arguments = side.command
         self._log = directory / f"{name}.log"
         with self._log.open("w") as log:
@@ -95,36 +101,48 @@ class Worker:
         return json.loads(line)
 
 
+def model_config(args: argparse.Namespace) -> Any:
+    """Return the config of a published shape, or of the small model that the arguments describe."""
+    # Larger weights than one starts from: logits then differ, and losses agree only where models do.
+    if args.shape:
+        return shapes.config(args.shape, init_std=0.05)
+    from wmss_jax.models import qwen3
+
+    # rope_theta is Qwen3's own, since Tunix 0.1.7 rotates by that whatever its config says.
+    return qwen3.Config(
+        vocab_size=args.vocab, hidden_size=args.width, intermediate_size=4 * args.width, num_layers=args.layers,
+        num_heads=4, num_kv_heads=2, head_dim=64, rope_theta=1e6, norm_eps=1e-6, tied=False, max_positions=args.seq,
+        init_std=0.05,
+    )  # fmt: skip
+
+
 def write_inputs(directory: Path, args: argparse.Namespace) -> None:
     """Write two random models and a batch: whole rows of one segment, of which the first quarter is the prompt."""
     import jax
     import numpy as np
 
     import wmss_jax as wmss
-    from wmss_jax.models import CausalLM, qwen3
+    from wmss_jax.models import CausalLM
 
-    # Larger weights than one starts from: logits then differ, and losses agree only where models do.
-    # rope_theta is Qwen3's own, since Tunix 0.1.7 rotates by that whatever its config says.
-    config = qwen3.Config(
-        vocab_size=args.vocab, hidden_size=args.width, intermediate_size=4 * args.width, num_layers=args.layers,
-        num_heads=4, num_kv_heads=2, head_dim=64, rope_theta=1e6, norm_eps=1e-6, tied=False, max_positions=args.seq,
-        init_std=0.05,
-    )  # fmt: skip
-    model = CausalLM("qwen3", config)
+    if args.device == "gpu":
+        jax.config.update("jax_platforms", "cpu")  # the workers need all of the GPU
+    model = CausalLM("qwen3", model_config(args))
     for seed, role in enumerate(("strong", "weak")):
-        wmss.save(model, model.init(jax.random.key(seed)), directory / role)
+        dtype = "float32" if args.device == "cpu" else "bfloat16"  # there the weak one is held in it
+        wmss.save(model, model.init(jax.random.key(seed), dtype), directory / role)
     # Never token 0, which Tunix's examples take for padding.
-    tokens = np.random.default_rng(0).integers(1, args.vocab, (args.rows, args.seq), dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(1, model.config.vocab_size, (args.rows, args.seq), dtype=np.int32)
     mask = np.ones_like(tokens, dtype=np.float32)
     mask[:, : args.seq // 4] = 0
     np.savez(directory / "batch.npz", tokens=tokens, mask=mask)
 
 
-def start(directory: Path) -> tuple[dict[str, Worker], dict[str, list[dict[str, Any]]]]:
+def start(directory: Path, names: Iterable[str]) -> tuple[dict[str, Worker], dict[str, list[dict[str, Any]]]]:
     """Return the workers that run and what they answered to their first steps; a peer that fails is left out."""
     workers, answers = {}, {}
     inputs = [str(directory / part) for part in ("strong", "weak", "batch.npz")]
-    for name, side in SIDES.items():
+    for name in names:
+        side = SIDES[name]
         script, *arguments = side.command
         try:
             worker = Worker(name, side._replace(command=(script, *inputs, *arguments)), directory)
@@ -140,14 +158,31 @@ def start(directory: Path) -> tuple[dict[str, Worker], dict[str, list[dict[str, 
     return workers, answers
 
 
-def compare(name: str, times: dict[str, list[float]], answers: dict[str, list[dict[str, Any]]]) -> None:
+def measured(
+    directory: Path, names: Iterable[str], pairs: int
+) -> tuple[dict[str, list[float]], dict[str, list[dict[str, Any]]]]:
+    """Return the times and the answers of these sides, timed in turn."""
+    workers, answers = start(directory, names)
+    steps = {name: lambda name=name: answers[name].append(workers[name].step()) for name in workers}
+    try:
+        times = timing.interleaved(steps, pairs, warmup=0)
+    except (RuntimeError, OSError) as error:
+        raise SystemExit(f"a worker died between its {WARMUP_STEPS} first steps and the last: {error}") from error
+    for worker in workers.values():
+        worker.stop()
+    return times, answers
+
+
+def compare(
+    name: str, times: dict[str, list[float]], answers: dict[str, list[dict[str, Any]]], tolerance: float
+) -> None:
     """Emit one comparison; with value null, if the two sides did not train the same thing."""
     peer, ours, target = COMPARISONS[name]
     first = zip(answers[peer][:WARMUP_STEPS], answers[ours][:WARMUP_STEPS], strict=True)
     gaps = [abs(theirs["result"] - mine["result"]) for theirs, mine in first]
-    gap, counts = max(gaps), all(gap <= LOSS_TOLERANCE for gap in gaps)  # not max(gaps) <= ...: it may miss a NaN
+    gap, counts = max(gaps), all(gap <= tolerance for gap in gaps)  # not max(gaps) <= ...: it may miss a NaN
     if not counts:
-        timing.say(f"{name} DOES NOT COUNT: losses differ by {gap:.1e}, allowed is {LOSS_TOLERANCE:.0e}")
+        timing.say(f"{name} DOES NOT COUNT: losses differ by {gap:.1e}, allowed is {tolerance:.0e}")
     spread = timing.ratio(times, peer, ours)
     # Both sides have one thread on one core, so CPU seconds are wall seconds less what neighbours took.
     cpu = {side: [answer["cpu_seconds"] for answer in answers[side][WARMUP_STEPS:]] for side in (peer, ours)}
@@ -166,30 +201,31 @@ def report(name: str, times: list[float], answers: list[dict[str, Any]]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=LOSS_TOLERANCES, default="cpu", help="default cpu")
+    parser.add_argument("--shape", choices=shapes.SHAPES, help="in place of layers, width and vocab")
     for flag, default in {"layers": 4, "width": 256, "vocab": 32768, "rows": 4, "seq": 512, "pairs": 15}.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args()
     if args.pairs < 2:
         parser.error(f"--pairs must be at least 2 to have a spread, got {args.pairs}")
-    core = timing.pin(threads=1)
+    os.environ["WMSS_BENCH_DEVICE"] = args.device
+    core = timing.pin(threads=1) if args.device == "cpu" else ("all",)
     timing.say(f"core {core[0]}; {timing.one_line(timing.machine())}")
 
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(Path(directory), args)
-        workers, answers = start(Path(directory))
-        steps = {name: lambda name=name: answers[name].append(workers[name].step()) for name in workers}
-        try:
-            times = timing.interleaved(steps, args.pairs, warmup=0)
-        except (RuntimeError, OSError) as error:
-            raise SystemExit(f"a worker died between its {WARMUP_STEPS} first steps and the last: {error}") from error
-        for worker in workers.values():
-            worker.stop()
+        # In turn where they sleep meanwhile; on a GPU each has all of its memory.
+        groups = [list(SIDES)] if args.device == "cpu" else [[name] for name in SIDES if not name.startswith("tunix")]
+        times, answers = {}, {}
+        for names in groups:
+            found_times, found = measured(Path(directory), names, args.pairs)
+            times, answers = times | found_times, answers | found
+            for name in found_times:
+                report(name, times[name], answers[name][WARMUP_STEPS:])
 
     for name, comparison in COMPARISONS.items():
-        if comparison.peer in workers:
-            compare(name, times, answers)
-    for name in workers:
-        report(name, times[name], answers[name][WARMUP_STEPS:])
+        if comparison.peer in times:
+            compare(name, times, answers, LOSS_TOLERANCES[args.device])
 
 
 if __name__ == "__main__":

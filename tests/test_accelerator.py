@@ -13,12 +13,13 @@ import optax
 import pytest
 import tiny
 from conftest import accelerators
+from plans import TRITON_IS_DEPRECATED
 from test_attention import dense, inputs, segments_of
 
 from wmss_jax import attention, sharding, step, train_state
 from wmss_jax.objectives import LogitMix
 
-pytestmark = pytest.mark.accelerator
+pytestmark = [pytest.mark.accelerator, pytest.mark.filterwarnings(TRITON_IS_DEPRECATED)]
 MODEL = tiny.model(head_dim=64)
 
 

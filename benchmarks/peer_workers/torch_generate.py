@@ -8,11 +8,12 @@ import worker
 from transformers import AutoModelForCausalLM
 
 model_dir, prompts_file, new_tokens, cache = sys.argv[1:]
-tokens = torch.from_numpy(np.load(prompts_file)).long()
-model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa").eval()
+device, dtype = {"cpu": "cpu", "gpu": "cuda"}[worker.DEVICE], getattr(torch, worker.COMPUTE)
+tokens = torch.from_numpy(np.load(prompts_file)).long().to(device)
+model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa").to(device).eval()
 model.generation_config.eos_token_id = None
-# Compiling the decoding step, which a static cache asks for on accelerators, is not what it does on a CPU.
-how = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+# Compiling the decoding step is what a static cache asks for on accelerators, and not on a CPU.
+how = {"cache_implementation": "static", "disable_compile": device == "cpu"} if cache == "static" else {}
 
 
 def step():

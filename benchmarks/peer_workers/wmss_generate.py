@@ -10,7 +10,7 @@ from wmss_jax.generate import generate
 
 model_dir, prompts_file, new_tokens = sys.argv[1:]
 prompts = np.load(prompts_file).tolist()
-model, params = wmss.load(model_dir, dtype="float32")
+model, params = wmss.load(model_dir, dtype=worker.COMPUTE)
 
 
 def step():

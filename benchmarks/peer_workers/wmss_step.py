@@ -10,8 +10,8 @@ import worker
 import wmss_jax as wmss
 
 strong_dir, weak_dir, batch_file, objective_name = sys.argv[1:]
-model, strong = wmss.load(strong_dir, dtype="float32")
-frozen = {"weak": wmss.load(weak_dir, dtype="float32")[1]} if objective_name == "logit_mix" else {}
+model, strong = wmss.load(strong_dir, dtype="float32", compute_dtype=worker.COMPUTE)
+frozen = {"weak": wmss.load(weak_dir, dtype=worker.COMPUTE)[1]} if objective_name == "logit_mix" else {}
 objective = wmss.objectives.LogitMix(worker.LAMBDA) if frozen else wmss.objectives.Sft()
 adamw = optax.adamw(worker.LEARNING_RATE, worker.BETA1, worker.BETA2, worker.EPSILON, weight_decay=worker.WEIGHT_DECAY)
 state = wmss.init_state({"strong": strong}, adamw)

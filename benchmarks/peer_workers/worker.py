@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+DEVICE = os.environ.get("WMSS_BENCH_DEVICE", "cpu")  # or gpu
+COMPUTE = {"cpu": "float32", "gpu": "bfloat16"}[DEVICE]  # what is trained is float32 on both
 LAMBDA = 0.5  # of the mixed logits
 LEARNING_RATE, BETA1, BETA2, EPSILON, WEIGHT_DECAY = 1e-4, 0.9, 0.999, 1e-8, 0.01
 
@@ -34,6 +36,13 @@ def _answer(answer):
 
 
 def _peak_bytes():
-    """Return the most memory this process ever had resident; getrusage would count what its parent had as well."""
+    """Return the most memory this process ever had, on a GPU of the GPU's.
+
+    On a CPU that is resident memory; getrusage would count what the parent had as well.
+    """
+    if DEVICE == "gpu" and "jax" in sys.modules:
+        return sys.modules["jax"].devices()[0].memory_stats()["peak_bytes_in_use"]
+    if DEVICE == "gpu":
+        return sys.modules["torch"].cuda.max_memory_allocated()
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) * 1024

@@ -48,7 +48,7 @@ class _Blocks(NamedTuple):
 # would not fit the tensor memory of sm_100.
 _BLOCKS = {
     (2, 64): (_Blocks(128, 64, 4, 3), _Blocks(64, 64, 4, 3), _Blocks(64, 64, 4, 3)),
-    (2, 128): (_Blocks(128, 64, 8, 3), _Blocks(64, 64, 4, 2), _Blocks(64, 64, 8, 2)),
+    (2, 128): (_Blocks(64, 64, 4, 3), _Blocks(128, 64, 8, 3), _Blocks(32, 64, 4, 3)),
     (2, 256): (_Blocks(64, 64, 8, 2), _Blocks(64, 32, 8, 2), _Blocks(64, 32, 8, 2)),
     (4, 64): (_Blocks(32, 32, 4, 1), _Blocks(32, 32, 4, 1), _Blocks(32, 32, 4, 1)),
     (4, 128): (_Blocks(32, 32, 8, 1), _Blocks(32, 16, 8, 1), _Blocks(32, 32, 8, 1)),

@@ -95,11 +95,16 @@ class RMSNorm(nnx.Module):
         self.offset = offset
 
     def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
-        scale, wide = self.scale[...], x.astype(jnp.float32)
-        axes = tuple(range(-scale.ndim, 0))
-        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + self.eps)
-        scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - scale.ndim))
-        return (wide * inverse_rms * (self.offset + scale if self.offset else scale)).astype(x.dtype)
+        return _normed(self.eps, self.offset, x, self.scale[...])
+
+
+# What the backward pass needs is computed from x again: kept, float32 copies of it would be the largest of a layer.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1))
+def _normed(eps: float, offset: float, x: Array, scale: Array) -> Array:
+    wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + eps)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - scale.ndim))
+    return (wide * inverse_rms * (offset + scale if offset else scale)).astype(x.dtype)
 
 
 class Cache(NamedTuple):
@@ -267,6 +272,12 @@ def gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+def gated(activation: Callable[[Array], Array], gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Array:
+    """Return act(gate) ∘ up, of which only these two are kept for the backward pass."""
+    return activation(gate) * up
+
+
 class GatedMLP(nnx.Module):
     """(act(x·gate) ∘ x·up)·down; SwiGLU with the default activation."""
 
@@ -283,7 +294,7 @@ class GatedMLP(nnx.Module):
         del view
         gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_proj[...])
         up_BTF = project("BTD,DF->BTF", x_BTD, self.up_proj[...])
-        inner_BTF = sharding.constrain(self.activation(gate_BTF) * up_BTF, "B T F")
+        inner_BTF = sharding.constrain(gated(self.activation, gate_BTF, up_BTF), "B T F")
         return project("BTF,FD->BTD", inner_BTF, self.down_proj[...]), {}
 
 
@@ -323,5 +334,5 @@ class Block(nnx.Module):
 
 __all__ = [
     "Apart", "Attention", "Block", "Cache", "GatedMLP", "Metrics", "RMSNorm", "View", "apart", "attend",
-    "attention", "cached_attention", "embed", "embedding_noise", "gelu_tanh", "matrix", "noised", "project",
+    "attention", "cached_attention", "embed", "embedding_noise", "gated", "gelu_tanh", "matrix", "noised", "project",
 ]  # fmt: skip

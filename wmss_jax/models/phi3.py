@@ -82,7 +82,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"], view: View) -> tuple[Float[Array, "B T D"], Metrics]:
         del view
         both_BTCF = layers.project("BTD,DCF->BTCF", x_BTD, self.gate_up_proj[...])
-        inner_BTF = sharding.constrain(jax.nn.silu(both_BTCF[:, :, 0]) * both_BTCF[:, :, 1], "B T F")
+        inner_BTF = sharding.constrain(layers.gated(jax.nn.silu, both_BTCF[:, :, 0], both_BTCF[:, :, 1]), "B T F")
         return layers.project("BTF,FD->BTD", inner_BTF, self.down_proj[...]), {}
 
 

@@ -123,7 +123,8 @@ def _mixed(x_BTD: Array, weights_BTA: Array, experts_BTA: Array, gate_EDF: Any, 
     order_M = jnp.argsort(experts_M, stable=True)
     sizes_E = jnp.bincount(experts_M, length=E).astype(jnp.int32)
     x_MD = x_BTD.reshape(B * T, -1)[order_M // A]
-    inner_MF = jax.nn.silu(lora.grouped(x_MD, gate_EDF, sizes_E)) * lora.grouped(x_MD, up_EDF, sizes_E)
+    gate_MF, up_MF = (lora.grouped(x_MD, w_EDF, sizes_E) for w_EDF in (gate_EDF, up_EDF))
+    inner_MF = layers.gated(jax.nn.silu, gate_MF, up_MF)
     out_MD = lora.grouped(inner_MF, down_EFD, sizes_E)
     back_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(len(order_M)))
     return jnp.einsum("BTAD,BTA->BTD", out_MD[back_M].reshape(B, T, A, -1), weights_BTA)
