@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 ROWS, PAGE = ROOT / "docs/evidence", ROOT / "docs/EVIDENCE.md"
 CHECKED, SEEDS, ARMS = "arithmetic", (0, 1), ("sft_best", "wmss", "constant")
 TOLERANCE = 0.15
+ALPHA = 0.05
 
 INTRODUCTION = """# Evidence
 
@@ -51,18 +52,41 @@ def write(files: Sequence[Path], rows: Path = ROWS, page: Path = PAGE) -> None:
 
 def text(files: Sequence[Path]) -> str:
     """Return the page: first what was found, then every study's tables."""
-    found, studies = [], []
+    against, found, studies = [], [], []
     for file in files:
         rows, meta = results.read(file)
         config = _study(meta)
         for split in meta["tests"]:
+            against += [(f"{file.stem}, {split}", contrast) for contrast in _of_wmss(rows, config, split)]
             found += [f"- {file.stem}, {split}: {said}." for said in table.contrasts(rows, config, split)]
         versions = " | ".join(sorted({row.versions for row in rows}))
         studies.append(
             f"## {file.stem}\n\n`wmss lab configs/lab/{file.stem}.yaml`, finished {meta['made']} ({versions}); "
             f"{len(rows):,} rows.\n\n{table.text(rows, config, meta['tests'])}"
         )
-    return "\n".join([INTRODUCTION, "## What was found\n", *found, "", *studies])
+    return "\n".join([INTRODUCTION, "## What was found\n", headline(against), "", *found, "", *studies])
+
+
+def _of_wmss(rows: Sequence[results.Row], config: study.StudyConfig, split: str) -> list[table.Contrast]:
+    """Return the arm `wmss` against the study's reference, and against what the study contrasts it with."""
+    to_reference = [
+        table.Contrast(line.arm, config.reference, line.versus, line.p_holm)
+        for line in table.compare(rows, config, split)
+        if line.arm == "wmss" and line.versus is not None
+    ]
+    return to_reference + [found for found in table.contrasts(rows, config, split) if found.arm == "wmss"]
+
+
+def headline(against: Sequence[tuple[str, table.Contrast]]) -> str:
+    """Return in how many of its comparisons `wmss` is above, and in which; "above" is what Holm's correction leaves."""
+    told = [(where, it) for where, it in against if it.p_holm < ALPHA]
+    above, below = ([(where, it) for where, it in told if sign * it.difference.mean > 0] for sign in (1, -1))
+    listed = lambda pairs: "; ".join(
+        f"{it.other} ({where}): {100 * it.difference.mean:+.1f} points" for where, it in pairs
+    )
+    said = f"**`wmss` is above what it is compared with in {len(above)} of {len(against)} comparisons"
+    said += f": {listed(above)}.**" if above else ".**"
+    return said + (f" It is below in {len(below)}: {listed(below)}." if below else "")
 
 
 def check() -> list[str]:

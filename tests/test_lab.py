@@ -460,6 +460,16 @@ def test_the_page_holds_every_study_s_table_and_what_was_found_first(tmp_path):
     assert (tmp_path / "rows/sums.parquet").read_bytes() == (tmp_path / "given/sums.parquet").read_bytes()
 
 
+def test_the_headline_counts_what_the_correction_leaves():
+    contrast = lambda mean, p: table.Contrast("wmss", "sft", intervals.Difference(8, mean, 0.0, 0.0, p, 4), p)
+    said = evidence.headline([("a, test", contrast(0.02, 0.06)), ("b, test", contrast(-0.03, 0.01))])
+    assert said.startswith("**`wmss` is above what it is compared with in 0 of 2 comparisons.** It is below in 1: ")
+    assert said.endswith(": sft (b, test): -3.0 points.")
+    assert "in 1 of 1 comparisons: sft (a, test): +2.0 points.**" in evidence.headline(
+        [("a, test", contrast(0.02, 0.01))]
+    )
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
