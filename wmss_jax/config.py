@@ -26,7 +26,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from wmss_jax import yamlfile
+from wmss_jax import storage, yamlfile
 from wmss_jax.sources import Section, Source, SourceConfig, Sources, Text
 from wmss_jax.weak_config import CHECKPOINTS, WeakConfig
 from wmss_jax.yamlfile import ConfigError
@@ -197,6 +197,10 @@ class OptimizerConfig(Section):
         return self
 
 
+def _bucket(text: str) -> str:
+    return str(storage.GcsPath.parse(text))
+
+
 class TrainConfig(Section):
     """The loop, alike in every training stage."""
 
@@ -215,6 +219,9 @@ class TrainConfig(Section):
     """Optimizer steps between two lines of metrics."""
     checkpoint_every_steps: PositiveInt = 100
     """Optimizer steps between two checkpoints; the last step is always saved."""
+    checkpoint_bucket: Annotated[Text, AfterValidator(_bucket)] | None = None
+    """gs://BUCKET/NAME: the checkpoints of all stages are kept in Google Cloud Storage, below this name; all else stays
+    in `work_dir`. null: in `work_dir`, too."""
     keep_last: PositiveInt = 2
     """Newest checkpoints of a stage that are kept."""
     keep_every_steps: PositiveInt | None = None
@@ -395,7 +402,8 @@ def _arm_name(text: str) -> str:
 def _mounted(text: str) -> str:
     if "://" in text:
         raise ValueError(
-            f"{text} is no directory: a bucket has to be mounted on every host (launch/README.md); give where it is"
+            f"{text} is no directory: a bucket has to be mounted on every host (launch/README.md); give where it is. "
+            f"Checkpoints, the large part, need no mount with train.checkpoint_bucket: gs://BUCKET/NAME"
         )
     return text
 

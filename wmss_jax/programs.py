@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from wmss_jax import arms, checkpoint, config, flops, hf, objectives, optim, roles, sharding, step
+from wmss_jax import arms, checkpoint, config, flops, hf, objectives, optim, roles, sharding, step, storage
 from wmss_jax.models import CausalLM
 from wmss_jax.models.lora import Lora
 from wmss_jax.weak_source import Ema
@@ -79,8 +79,10 @@ class _Stored(NamedTuple):
 
 def _config_at(path: str) -> dict[str, Any]:
     """Return the config.json of a Hugging Face directory, a hub id or a checkpoint."""
-    assets = Path(path) / roles.ASSETS
-    return hf.read_config(assets if (Path(path) / checkpoint.META).exists() else hf.resolve(path))
+    directory = storage.path(path)
+    if (directory / checkpoint.META).is_file():
+        return hf.read_config(storage.here(directory / roles.ASSETS))
+    return hf.read_config(hf.resolve(path))
 
 
 def _train(
