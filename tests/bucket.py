@@ -92,8 +92,8 @@ class Store:
             return self.resource(bucket, name)
 
     def delete(self, bucket: str, name: str, query: dict):
+        self.found(bucket, name)
         with self.asked("remove", bucket, name):
-            self.found(bucket, name)
             self.check(bucket, name, query)
             del self.objects[bucket, name]
 
@@ -217,7 +217,9 @@ class Handler(BaseHTTPRequestHandler):
         stop = min(int(wanted[2]) + 1, len(content)) if wanted[1] and wanted[2] else len(content)
         if start >= len(content):
             return self._reply(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-        return self._reply(206, content[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"})
+        return self._reply(
+            206, content[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+        )
 
     def _json(self, said: dict, status: int = 200, headers: dict[str, str] = {}):  # noqa: B006
         self._reply(status, json.dumps(said).encode(), {"Content-Type": "application/json", **headers})

@@ -6,13 +6,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import recipes
+
+from wmss_jax import storage
 
 SAVE, CHANGE, FIRST = "inside a save", "in a change of stages", "before the first checkpoint"
 
@@ -91,7 +93,8 @@ def main(event, output, overrides):
         stage = reporter._job.directory
         if phase[0].endswith(kills.SAVE):  # written in the background while steps go on
             return phase[0]
-        return f"{stage.name}: " + ("training" if checkpoint.steps(stage / "checkpoints") else kills.FIRST)
+        saved = checkpoint.steps(train.checkpoints(stage, reporter._job.loop))
+        return f"{stage.name}: " + ("training" if saved else kills.FIRST)
     around(train._Reporter, "__call__", lambda self, step, *_: f"{self._job.directory.name} step {step}", stepping)
     around(digests, "write", lambda directory: f"{stage_of(directory)} digest {directory.name.split('.')[0]}")
     around(stages, "_write", lambda file, content: f"{file.stem} {'begun' if content['output'] is None else 'done'}",
@@ -150,21 +153,26 @@ def forks(root: Path, environment: dict[str, str]) -> Iterator[Forks]:
         yield Forks(process, root)
 
 
-def assert_same_run(got: Path, wanted: Path) -> None:
-    """Bitwise: the exported model, every training stage's last state, its metrics; and the answers."""
+def assert_same_run(got: Path, wanted: Path, checkpoint_of: Callable[[str, int], storage.Name] | None = None) -> None:
+    """Bitwise: the exported model, every training stage's last state, its metrics; and the answers.
+
+    Args:
+        checkpoint_of: (stage, step) -> where the checkpoints of `got` lie, if not in it.
+    """
     for name in [path.name for path in (wanted / "export").iterdir()]:
         mine, theirs = ((run / "export" / name).read_bytes() for run in (got, wanted))
         if name == "README.md":  # Orbax names its files at random, so two checkpoints of equal arrays differ in digest
             mine, theirs = (re.sub(rb"(checkpoint|fine-tuning) \(digest \w+\)", b"", text) for text in (mine, theirs))
         assert mine == theirs, name
     for stage, steps in recipes.STEPS.items():
-        assert_same_state(got / stage / f"checkpoints/{steps}", wanted / stage / f"checkpoints/{steps}")
+        mine = checkpoint_of(stage, steps) if checkpoint_of else got / stage / f"checkpoints/{steps}"
+        assert_same_state(mine, wanted / stage / f"checkpoints/{steps}")
         assert losses(got / stage) == losses(wanted / stage)
     for file in (wanted / "eval").iterdir():
         assert (got / "eval" / file.name).read_bytes() == file.read_bytes()
 
 
-def assert_same_state(got: Path, wanted: Path) -> None:
+def assert_same_state(got: storage.Name, wanted: Path) -> None:
     """Bitwise: all arrays of two checkpoints."""
     mine, theirs = arrays(got), arrays(wanted)
     assert mine.keys() == theirs.keys() and len(theirs) > 30
@@ -172,11 +180,11 @@ def assert_same_state(got: Path, wanted: Path) -> None:
         np.testing.assert_array_equal(mine[name], array, err_msg=f"{got} {name}")
 
 
-def arrays(directory: Path) -> dict[str, np.ndarray]:
+def arrays(directory: storage.Name) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, optimizer state included, by name."""
     import orbax.checkpoint as ocp
 
-    directory, orbax = directory.absolute() / "state", ocp.PyTreeCheckpointer()
+    directory, orbax = str(storage.absolute(directory) / "state"), ocp.PyTreeCheckpointer()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), orbax.metadata(directory).item_metadata)
     tree = orbax.restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

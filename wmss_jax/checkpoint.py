@@ -56,7 +56,7 @@ def save(
     final = storage.absolute(directory)
     if commit.exists(final):
         raise FileExistsError(f"{final}: exists already; choose another directory or remove it")
-    with contextlib.closing(_orbax()) as orbax:
+    with _opened() as orbax:
         partial = _begin(orbax, final, tree, _meta_text(meta), files)
         with _others_wait():
             _finish(orbax, partial, final)
@@ -132,7 +132,7 @@ class Writer:
             self.wait()  # its error outranks the block's: what should have been saved is not
         finally:
             self._thread.shutdown()
-            self._orbax.close()
+            _close(self._orbax)
 
     def _complete(self, partial: Directory, final: Directory) -> None:
         with _others_wait():
@@ -239,6 +239,20 @@ def _orbax() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
 
 
+@contextlib.contextmanager
+def _opened() -> Iterator[ocp.AsyncCheckpointer]:
+    orbax = _orbax()
+    try:
+        yield orbax
+    finally:
+        _close(orbax)
+
+
+def _close(orbax: ocp.AsyncCheckpointer) -> None:
+    with contextlib.suppress(Exception):  # of a write that failed, which was said: it would take that message's place
+        orbax.close()
+
+
 def _begin(
     orbax: ocp.AsyncCheckpointer, final: Directory, tree: PyTree, meta: str, files: Mapping[str, Path | bytes]
 ) -> Directory:
@@ -252,7 +266,8 @@ def _begin(
             commit.clear(partial)
             for name, content in {META: meta.encode(), **files}.items():
                 storage.write(partial / name, content if isinstance(content, bytes) else content.read_bytes())
-        orbax.save(str(partial / STATE), args=ocp.args.PyTreeSave(tree))
+        with storage.errors_of(partial):
+            orbax.save(str(partial / STATE), args=ocp.args.PyTreeSave(tree))
     except Exception:
         commit.discard(partial)
         raise
@@ -302,7 +317,7 @@ def read_part(directory: Name, tree: PyTree, prefix: tuple[str, ...], dtype: str
 
 def _read(directory: Name, tree: PyTree, prefix: tuple = (), dtype: str | None = None) -> PyTree:
     state = str(storage.absolute(directory) / STATE)
-    with contextlib.closing(_orbax()) as orbax:
+    with _opened() as orbax:
         stored = ocp.tree.to_flat_dict(orbax.metadata(state).item_metadata.tree)  # pyright: ignore
         stored = {name: leaf for name, leaf in stored.items() if name[: len(prefix)] == prefix}
         wanted = ocp.tree.to_flat_dict(tree)

@@ -66,9 +66,9 @@ class GcsPath:
         return dataclasses.replace(self, key=self.key.rpartition("/")[0])
 
     def is_file(self) -> bool:
-        with _errors_of(self):
+        with errors_of(self) as store:
             try:
-                _gcs().call("GET", "b/{}/o/{}", self.bucket, self.key, fields="name")
+                store.call("GET", "b/{}/o/{}", self.bucket, self.key, fields="name")
             except FileNotFoundError:
                 return False
         return True
@@ -93,19 +93,19 @@ class GcsPath:
         return {name: (int(i["size"]), base64.b64decode(i["crc32c"]).hex()) for name, i in found.items()}
 
     def read_bytes(self) -> bytes:
-        with _errors_of(self):
-            return _gcs().cat_file(self._name)
+        with errors_of(self) as store:
+            return store.cat_file(self._name)
 
     def write_bytes(self, content: bytes) -> None:
         """Write the object: there as a whole afterwards, or not at all."""
-        with _errors_of(self):
-            _gcs().pipe_file(self._name, content)
+        with errors_of(self) as store:
+            store.pipe_file(self._name, content)
 
     def unlink(self) -> None:
         """Remove the object, if there is one."""
         # A removal that is asked for again, because its answer was lost, finds nothing.
-        with _errors_of(self), contextlib.suppress(FileNotFoundError):
-            _gcs().call("DELETE", "b/{}/o/{}", self.bucket, self.key)
+        with errors_of(self) as store, contextlib.suppress(FileNotFoundError):
+            store.call("DELETE", "b/{}/o/{}", self.bucket, self.key)
 
     def rmtree(self) -> None:
         """Remove all objects below, in no order."""
@@ -125,8 +125,8 @@ class GcsPath:
         """Give the answers to a listing of what is below. gcsfs' own listings make "not there" of some errors."""
         token = {}
         while True:
-            with _errors_of(self):
-                page = _gcs().call("GET", "b/{}/o", self.bucket, prefix=self._prefix, json_out=True, **query, **token)
+            with errors_of(self) as store:
+                page = store.call("GET", "b/{}/o", self.bucket, prefix=self._prefix, json_out=True, **query, **token)
             yield page
             if "nextPageToken" not in page:
                 return
@@ -196,10 +196,17 @@ def check_usable(directory: GcsPath) -> None:
 
 
 @contextlib.contextmanager
-def _errors_of(where: GcsPath) -> Iterator[None]:
-    """Make OSErrors that name the path of everything that gcsfs and what lies below it raise."""
+def errors_of(where: Directory) -> Iterator[Any]:
+    """Make of everything that gcsfs and what lies below it raise OSErrors that name the path, in a line; see `GcsPath`.
+
+    Those of a file system are such already. Gives gcsfs' file system.
+    """
+    if isinstance(where, Path):
+        yield None
+        return
+    store = _gcs()
     try:
-        yield
+        yield store
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: no such bucket or object") from error
     except Exception as error:
