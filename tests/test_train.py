@@ -223,10 +223,8 @@ def test_in_a_bucket_stopping_and_going_on_is_bitwise_the_same(gcs, undisturbed,
     convert.export(str(expected), tmp_path / "expected")
     for file in (tmp_path / "expected").glob("*[!d]"):  # the card has the checkpoint's digest
         assert (tmp_path / "exported" / file.name).read_bytes() == file.read_bytes()
-    ref = stages.ModelRef.named(str(last))
-    assert (
-        ref.role == "strong" and tokenizer.load(ref.assets) and ref.model == stages.ModelRef.named(str(expected)).model
-    )
+    mine, theirs = (stages.ModelRef.named(str(where)) for where in (last, expected))
+    assert mine.role == "strong" and mine.model == theirs.model and tokenizer.load(mine.assets)
     with pytest.raises(FileNotFoundError, match="gs://bucket/elsewhere: no checkpoint"):
         stages.ModelRef.named("gs://bucket/elsewhere")
 
