@@ -1,6 +1,5 @@
 """Checkpoints in a bucket: there while their digests are, whatever is killed. Run: pytest tests/test_bucket.py"""
 
-import itertools
 import json
 import os
 import random
@@ -298,35 +297,46 @@ def test_two_processes(gcs):
         assert said == ["steps [2, 3]", f"resumed 3 {first + 3}.0", f"resumed 2 {first + 1}.0", "refused True"]
 
 
-def in_bucket(stage, step):
-    return f"gs://bucket/run/{stage}/checkpoints/{step}"
-
-
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_bitwise_as_one_with_local_checkpoints(gcs, tmp_path, tmp_path_factory):
-    """In saves, before their last object, and amid removals; the work directory is free of checkpoints."""
-    undisturbed = recipes.finished(tmp_path_factory) / "run"
-    root, there = recipes.write(tmp_path), ("train.checkpoint_bucket=gs://bucket/run/", "train.keep_last=1")
-    with kills.forks(root, recipes.environment(recipes.shared(tmp_path_factory))) as forks:
+def test_a_run_killed_again_and_again_ends_bitwise_as_one_with_local_checkpoints(gcs, tmp_path):
+    """In saves, before their last object, and amid removals; the newest that counts is always there and whole."""
+    command, environment = (
+        ("train", "recipe.yaml", "--stage", "sft", "train.keep_last=1"),
+        recipes.environment(tmp_path),
+    )
+    there = "train.checkpoint_bucket=gs://bucket/run/"
+    (tmp_path / "here").mkdir(), (tmp_path / "there").mkdir()
+    here, root = recipes.write(tmp_path / "here"), recipes.write(tmp_path / "there")
+    with kills.forks(here, environment, command) as forks:
+        undisturbed = forks.run()
+        assert undisturbed.code == 0, undisturbed.said
+    with kills.forks(root, environment, command) as forks:
         refused = forks.run(kills.NEVER, "train.checkpoint_bucket=gs://nowhere/run")
         (line,) = [line for line in refused.said.splitlines() if line.startswith("wmss: error")]
         assert refused.code == 2 and line == "wmss: error: gs://nowhere/run: no such bucket or object"
-        for moment in ("pretrain save 2", "sft digest 4", "joint save 4", "joint digest 6"):
-            outcome = forks.run(kills.Event(moment), *there)
+        for moment, nth, stage, kept in [
+            ("pretrain save 2", 1, "pretrain", []),
+            ("remove pretrain/checkpoints/2", 2, "pretrain", [2, 4]),  # it was written by the same process: the digests
+            ("remove pretrain/checkpoints/2", 5, "pretrain", [4]),
+            ("sft digest 4", 1, "sft", [2]),
+            ("remove sft/checkpoints/2", 3, "sft", [4]),
+            ("sft save 6", 1, "sft", [4]),
+        ]:
+            outcome = forks.run(kills.Event(moment, nth), there)
             assert outcome.code == -signal.SIGKILL, f"not killed at {moment}:\n{outcome.said}"
-            for stage, kept in itertools.product(recipes.STEPS, range(9)):
-                if (GcsPath.parse(in_bucket(stage, kept)) / "digests.json").is_file():
-                    checkpoint.verify(in_bucket(stage, kept))
+            assert checkpoint.steps(f"gs://bucket/run/{stage}/checkpoints") == kept, moment
+            for step in kept:
+                checkpoint.verify(f"gs://bucket/run/{stage}/checkpoints/{step}")
         moved = forks.run(kills.NEVER)
-        assert moved.code == 2 and "begun with its checkpoints in gs://bucket/run/joint/checkpoints" in moved.said
-        last = forks.run(kills.NEVER, *there)
+        assert moved.code == 2 and "begun with its checkpoints in gs://bucket/run/sft/checkpoints" in moved.said
+        last = forks.run(kills.NEVER, there)
     assert last.code == 0, last.said
-    kills.assert_same_run(root / "run", undisturbed, in_bucket)
-    assert {path.name for path in (root / "run/sft").iterdir()} == {"metrics.jsonl"}
-    summary = json.loads((root / "run/summary.json").read_text())
-    assert summary["models"]["M1"] == in_bucket("sft", recipes.STEPS["sft"])
-    for stage, step in recipes.STEPS.items():
-        assert checkpoint.steps(in_bucket(stage, "").rstrip("/")) == [step]
+    for stage in ("pretrain", "sft"):
+        where, step = f"gs://bucket/run/{stage}/checkpoints", recipes.STEPS[stage]
+        assert checkpoint.steps(where) == [step] and steps_with_objects(gcs, f"run/{stage}/checkpoints/") == {step}
+        kills.assert_same_state(f"{where}/{step}", here / f"run/{stage}/checkpoints/{step}")
+        assert kills.losses(root / "run" / stage) == kills.losses(here / "run" / stage)
+        assert {path.name for path in (root / "run" / stage).iterdir()} == {"metrics.jsonl"}
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
