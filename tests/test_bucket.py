@@ -316,10 +316,10 @@ def test_a_run_killed_again_and_again_ends_bitwise_as_one_with_local_checkpoints
         assert refused.code == 2 and line == "wmss: error: gs://nowhere/run: no such bucket or object"
         for moment, nth, stage, kept in [
             ("pretrain save 2", 1, "pretrain", []),
-            ("remove pretrain/checkpoints/2", 2, "pretrain", [2, 4]),  # it was written by the same process: the digests
-            ("remove pretrain/checkpoints/2", 5, "pretrain", [4]),
+            ("remove pretrain/checkpoints/2", 3, "pretrain", []),  # what was left of it
+            ("pretrain digest 4", 1, "pretrain", [2]),
             ("sft digest 4", 1, "sft", [2]),
-            ("remove sft/checkpoints/2", 3, "sft", [4]),
+            ("remove sft/checkpoints/2", 3, "sft", [4]),  # as one too old
             ("sft save 6", 1, "sft", [4]),
         ]:
             outcome = forks.run(kills.Event(moment, nth), there)
