@@ -300,10 +300,8 @@ def test_two_processes(gcs):
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_bitwise_as_one_with_local_checkpoints(gcs, tmp_path):
     """In saves, before their last object, and amid removals; the newest that counts is always there and whole."""
-    command, environment = (
-        ("train", "recipe.yaml", "--stage", "sft", "train.keep_last=1"),
-        recipes.environment(tmp_path),
-    )
+    command = ("train", "recipe.yaml", "--stage", "sft", "train.keep_last=1")
+    environment = recipes.environment(tmp_path)
     there = "train.checkpoint_bucket=gs://bucket/run/"
     (tmp_path / "here").mkdir(), (tmp_path / "there").mkdir()
     here, root = recipes.write(tmp_path / "here"), recipes.write(tmp_path / "there")
