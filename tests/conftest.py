@@ -48,3 +48,23 @@ def compiled_once(tmp_path_factory):
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def _gcs_server():
+    """One for the session, because the libraries keep the address that they saw first."""
+    import fsspec.config
+    from bucket import serving
+
+    with serving() as bucket, pytest.MonkeyPatch.context() as patch:
+        for name, text in bucket.environment.items():
+            patch.setenv(name, text)
+        fsspec.config.set_conf_env(fsspec.config.conf)
+        yield bucket
+
+
+@pytest.fixture
+def gcs(_gcs_server):
+    """A stand-in for Google Cloud Storage, empty, for this process and all that it starts; see bucket.py."""
+    _gcs_server.control(reset=True)
+    return _gcs_server

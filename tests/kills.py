@@ -1,4 +1,4 @@
-"""A recipe killed at chosen moments: `wmss run` in forks of one process that has imported everything already."""
+"""A recipe killed at chosen moments: `wmss` in forks of one process that has imported everything already."""
 
 import contextlib
 import json
@@ -6,13 +6,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import recipes
+
+from wmss_jax import storage
 
 SAVE, CHANGE, FIRST = "inside a save", "in a change of stages", "before the first checkpoint"
 
@@ -21,8 +23,8 @@ class Event(NamedTuple):
     """When a process is to send itself a signal.
 
     Moments: "sft step 3" (amid it), "sft save 4" (Orbax has begun to write), "sft digest 4" (Orbax has written, the
-    checkpoint has no name yet), "sft begun" and "sft done" (the stage's record is about to be written), "scores",
-    "export", "answers" (a batch is graded, not written).
+    checkpoint has no name yet), "remove sft/checkpoints/2" (an object of it, in a bucket), "sft begun" and "sft done"
+    (the stage's record is about to be written), "scores", "export", "answers" (a batch is graded, not written).
     """
 
     moment: str
@@ -42,11 +44,11 @@ class Outcome(NamedTuple):
 FORKS = """
 import collections, json, os, signal, sys, threading
 import grain, transformers
-from wmss_jax import checkpoint, cli, digests, scoring, stages, tensorfile, train
+from wmss_jax import checkpoint, cli, digests, scoring, stages, storage, tensorfile, train
 from wmss_jax.evals import run, tasks
 import kills
 
-def main(event, output, overrides):
+def main(event, output, command):
     moment, nth, delay_s, number = event
     signal.alarm(300)  # a fork that hangs is an error, not a test that never ends
     counts, phase = collections.Counter(), ["start-up"]
@@ -91,9 +93,11 @@ def main(event, output, overrides):
         stage = reporter._job.directory
         if phase[0].endswith(kills.SAVE):  # written in the background while steps go on
             return phase[0]
-        return f"{stage.name}: " + ("training" if checkpoint.steps(stage / "checkpoints") else kills.FIRST)
+        saved = checkpoint.steps(train.checkpoints(stage, reporter._job.loop))
+        return f"{stage.name}: " + ("training" if saved else kills.FIRST)
     around(train._Reporter, "__call__", lambda self, step, *_: f"{self._job.directory.name} step {step}", stepping)
     around(digests, "write", lambda directory: f"{stage_of(directory)} digest {directory.name.split('.')[0]}")
+    around(storage.GcsPath, "unlink", lambda path: "remove " + "/".join(path.key.split("/")[1:4]))
     around(stages, "_write", lambda file, content: f"{file.stem} {'begun' if content['output'] is None else 'done'}",
            lambda file, _: f"{file.stem}: {kills.CHANGE}")
     around(scoring, "write", lambda *_: "scores", lambda *_: "scoring")
@@ -102,7 +106,7 @@ def main(event, output, overrides):
 
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1), os.dup2(stream, 2)
-    sys.argv = ["wmss", "run", "recipe.yaml", *overrides]
+    sys.argv = ["wmss", *command]
     cli.main()
 
 for line in sys.stdin:
@@ -127,27 +131,27 @@ NEVER = Event("never")
 class Forks:
     """Runs `wmss run recipe.yaml` in `root` again and again, each time until its event or its end."""
 
-    def __init__(self, process: subprocess.Popen, root: Path):
-        self._process, self._output = process, root / "output"
+    def __init__(self, process: subprocess.Popen, root: Path, command: Sequence[str]):
+        self._process, self._output, self._command = process, root / "output", command
 
     def run(self, event: Event = NEVER, *overrides: str) -> Outcome:
         assert self._process.stdin and self._process.stdout
         phase = self._output.with_name("output.phase")
         phase.unlink(missing_ok=True)
-        print(json.dumps([event, str(self._output), overrides]), file=self._process.stdin)
+        print(json.dumps([event, str(self._output), [*self._command, *overrides]]), file=self._process.stdin)
         code = int(self._process.stdout.readline())
         return Outcome(event, code, phase.read_text() if phase.exists() else "", self._output.read_text())
 
 
 @contextlib.contextmanager
-def forks(root: Path, environment: dict[str, str]) -> Iterator[Forks]:
+def forks(root: Path, environment: dict[str, str], command: Sequence[str] = ("run", "recipe.yaml")) -> Iterator[Forks]:
     tests = str(Path(__file__).parent)
     with subprocess.Popen(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", f"import sys; sys.path.append({tests!r})\n{FORKS}"],
         cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True, bufsize=1,
     ) as process:  # fmt: skip
-        yield Forks(process, root)
+        yield Forks(process, root, command)
 
 
 def assert_same_run(got: Path, wanted: Path) -> None:
@@ -164,7 +168,7 @@ def assert_same_run(got: Path, wanted: Path) -> None:
         assert (got / "eval" / file.name).read_bytes() == file.read_bytes()
 
 
-def assert_same_state(got: Path, wanted: Path) -> None:
+def assert_same_state(got: storage.Name, wanted: Path) -> None:
     """Bitwise: all arrays of two checkpoints."""
     mine, theirs = arrays(got), arrays(wanted)
     assert mine.keys() == theirs.keys() and len(theirs) > 30
@@ -172,11 +176,11 @@ def assert_same_state(got: Path, wanted: Path) -> None:
         np.testing.assert_array_equal(mine[name], array, err_msg=f"{got} {name}")
 
 
-def arrays(directory: Path) -> dict[str, np.ndarray]:
+def arrays(directory: storage.Name) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, optimizer state included, by name."""
     import orbax.checkpoint as ocp
 
-    directory, orbax = directory.absolute() / "state", ocp.PyTreeCheckpointer()
+    directory, orbax = str(storage.absolute(directory) / "state"), ocp.PyTreeCheckpointer()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), orbax.metadata(directory).item_metadata)
     tree = orbax.restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -82,6 +82,7 @@ def test_an_arm_departs_in_the_joint_stage_alone():
         ("arms.wmss={joint: {weak: {placement: cached}}}", "arms.wmss.joint.weak.placement: a lab keeps"),
         ("recipe.joint={epochs: 1}", "arms.sft.joint.steps: give it, or recipe.joint.steps"),
         ("recipe.rounds=2", "recipe.rounds: a lab compares whole models"),
+        ("recipe.train={checkpoint_bucket: gs://b/run}", "recipe.train.checkpoint_bucket: the runs of all seeds would"),
         ("recipe.seed=3", "recipe.seed: is the study's to set"),
         ("contrasts=[[wmss, stf]]", "contrasts: unknown arm 'stf'; did you mean 'sft'?"),
         ("reference=sftt", "unknown arm 'sftt'; did you mean 'sft'?"),

@@ -19,6 +19,7 @@ import tiny
 
 from wmss_jax import (
     checkpoint,
+    convert,
     epochs,
     flops,
     hf,
@@ -27,6 +28,9 @@ from wmss_jax import (
     preemption,
     roles,
     runs,
+    stages,
+    storage,
+    tokenizer,
     train,
     train_state,
     training_config,
@@ -191,6 +195,38 @@ def test_stopping_and_going_on_is_bitwise_the_same(undisturbed, run, tmp_path, m
     assert metrics(job) == metrics(whole)
     told = [(number, *values) for number, values in metrics(job)]
     assert len(told) == len(set(told))
+
+
+def test_in_a_bucket_stopping_and_going_on_is_bitwise_the_same(gcs, undisturbed, run, tmp_path, monkeypatch):
+    """Where the newest is damaged from an older one when asked; and what others read there is the same."""
+    whole, expected = undisturbed("joint")
+    job = joint(run, tmp_path / "stage")
+    job = dataclasses.replace(job, loop=job.loop.model_copy(update={"checkpoint_bucket": "gs://bucket/elsewhere"}))
+    root = storage.path("gs://bucket/elsewhere/stage/checkpoints")
+
+    def stop_at(number):
+        with monkeypatch.context() as patch, pytest.raises(preemption.Preempted):
+            at_step(patch, number, sigterm)
+            train.train(job)
+
+    stop_at(2), stop_at(3)
+    assert checkpoint.steps(root) == [2, 3] and not (tmp_path / "stage/checkpoints").exists()
+    gcs.write("elsewhere/stage/checkpoints/3/state/_METADATA", b"{}")
+    expected_error = r"gs://.*/3: state/_METADATA: .*/2 is intact; train.resume_from=newest_intact"
+    with pytest.raises(checkpoint.CheckpointDamaged, match=expected_error):
+        train.train(job)
+    asked = dataclasses.replace(job, loop=job.loop.model_copy(update={"resume_from": "newest_intact"}))
+    last = train.train(asked)
+    assert str(last) == f"{root}/{expected.name}"
+    assert_same(state_of(job, last), state_of(whole, expected))
+    convert.export(str(last), tmp_path / "exported")
+    convert.export(str(expected), tmp_path / "expected")
+    for file in (tmp_path / "expected").glob("*[!d]"):  # the card has the checkpoint's digest
+        assert (tmp_path / "exported" / file.name).read_bytes() == file.read_bytes()
+    mine, theirs = (stages.ModelRef.named(str(where)) for where in (last, expected))
+    assert mine.role == "strong" and mine.model == theirs.model and tokenizer.load(mine.assets)
+    with pytest.raises(FileNotFoundError, match="gs://bucket/elsewhere: no checkpoint"):
+        stages.ModelRef.named("gs://bucket/elsewhere")
 
 
 def test_a_finished_stage_is_not_trained_again(undisturbed, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from wmss_jax import checkpoint, encoding, examples, hf, sharding, sources, tokenizer
+from wmss_jax import encoding, examples, sharding, sources, tokenizer
 from wmss_jax.endings import StopTexts, end_ids
 from wmss_jax.generate import Completion, stream
 from wmss_jax.models import CausalLM
@@ -45,8 +45,7 @@ class Answerer:
     """
 
     def __init__(self, model: str, settings: Settings):
-        is_checkpoint = (Path(model) / checkpoint.META).exists()
-        ref = ModelRef(hf.resolve(model), "strong" if is_checkpoint else None)
+        ref = ModelRef.named(model)
         self.settings = settings
         self.tokenizer = tokenizer.load(ref.assets)
         self._chat = settings.chat_template

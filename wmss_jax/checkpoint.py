@@ -5,9 +5,8 @@
             assets/ ...    files carried along, such as the tokenizer
             digests.json   size and crc32c of every other file, because Orbax restores flipped bits silently
 
-A checkpoint is written as `<step>.partial-new`, synced to disk, and gets its name by a rename, the very last action.
-A crash leaves at worst a `.partial-` directory, which nothing reads and the next writer removes.
-The processes of a run share a POSIX file system, and call every function here that touches arrays together.
+When that is a checkpoint, `commit` decides. It lies on a POSIX file system that the processes of a run share, or in a
+bucket (`gs://...`, see `storage`); they call every function here that touches arrays together.
 """
 
 import concurrent.futures
@@ -17,8 +16,6 @@ import itertools
 import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -28,8 +25,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from wmss_jax import digests, durable
+from wmss_jax import commit, digests, storage
 from wmss_jax.digests import DIGESTS, CheckpointDamaged, Level, verify
+from wmss_jax.storage import Directory, Name
 
 FORMAT = 1
 STATE, META = "state", "meta.json"
@@ -40,7 +38,7 @@ _barriers = itertools.count()
 
 
 def save(
-    directory: str | os.PathLike,
+    directory: Name,
     tree: PyTree[Array],
     meta: Mapping[str, Any],
     files: Mapping[str, Path | bytes] = {},
@@ -55,10 +53,10 @@ def save(
         FileExistsError: `directory` exists.
         OSError: it could not be written; nothing is left of it then.
     """
-    final = Path(directory).absolute()
-    if final.exists():
+    final = storage.absolute(directory)
+    if commit.exists(final):
         raise FileExistsError(f"{final}: exists already; choose another directory or remove it")
-    with contextlib.closing(_orbax()) as orbax:
+    with _opened() as orbax:
         partial = _begin(orbax, final, tree, _meta_text(meta), files)
         with _others_wait():
             _finish(orbax, partial, final)
@@ -81,7 +79,7 @@ class Writer:
 
     def __init__(
         self,
-        root: str | os.PathLike,
+        root: Name,
         keep_last: int = 2,
         keep_every_steps: int | None = None,
         keep_best: int = 0,
@@ -92,16 +90,14 @@ class Writer:
                 f"keep_last and keep_every_steps must be >= 1, keep_best >= 0; got {keep_last=}, {keep_every_steps=}, "
                 f"{keep_best=}"
             )
-        self.root = Path(root).absolute()
+        self.root = storage.absolute(root)
         self._keep_last, self._keep_every_steps, self._keep_best = keep_last, keep_every_steps, keep_best
         self._keep_steps = keep_steps
         self._orbax = _orbax()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         if jax.process_index() == 0:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob("*.partial-*"):
-                shutil.rmtree(leftover)
+            commit.clean(self.root)
 
     def save(
         self,
@@ -136,9 +132,9 @@ class Writer:
             self.wait()  # its error outranks the block's: what should have been saved is not
         finally:
             self._thread.shutdown()
-            self._orbax.close()
+            _close(self._orbax)
 
-    def _complete(self, partial: Path, final: Path) -> None:
+    def _complete(self, partial: Directory, final: Directory) -> None:
         with _others_wait():
             _finish(self._orbax, partial, final)
             if jax.process_index() == 0:
@@ -158,17 +154,15 @@ class Writer:
             ranked = sorted(pair for pair in ranked if pair[0] is not None)
             keep |= {-negated for _, negated in ranked[: self._keep_best]}  # of two equals the newer
         for step in set(present) - keep:
-            # Renamed first: a crash amid the removal must not leave half a checkpoint under a valid name.
-            shutil.rmtree((self.root / str(step)).rename(self.root / f"{step}.partial-old"))
+            commit.remove(self.root / str(step))
 
 
-def steps(root: str | os.PathLike) -> list[int]:
+def steps(root: Name) -> list[int]:
     """Return the steps of the complete checkpoints under `root`, ascending; [] if there is no such directory."""
-    names = [entry.name for entry in Path(root).iterdir() if entry.is_dir()] if Path(root).is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+    return commit.steps(storage.path(root))
 
 
-def latest(root: str | os.PathLike) -> int | None:
+def latest(root: Name) -> int | None:
     """Return the newest step under `root`, None without one; whether it is intact, `verify` says."""
     return max(steps(root), default=None)
 
@@ -176,7 +170,7 @@ def latest(root: str | os.PathLike) -> int | None:
 _verify = verify  # for the functions that have an argument of its name
 
 
-def restore(directory: str | os.PathLike, abstract_tree: PyTree, verify: Level = "full") -> PyTree[Array]:
+def restore(directory: Name, abstract_tree: PyTree, verify: Level = "full") -> PyTree[Array]:
     """Return the arrays of a checkpoint in the structure and the shardings of `abstract_tree`.
 
     Args:
@@ -193,7 +187,7 @@ def restore(directory: str | os.PathLike, abstract_tree: PyTree, verify: Level =
 
 
 def resume(
-    root: str | os.PathLike, abstract_tree: PyTree, verify: Level = "full", *, use_previous: bool = False
+    root: Name, abstract_tree: PyTree, verify: Level = "full", *, use_previous: bool = False
 ) -> tuple[int, PyTree[Array], dict[str, Any]] | None:
     """Return (step, tree, meta) of the newest checkpoint under `root`, None without one; see `restore`.
 
@@ -205,7 +199,7 @@ def resume(
     """
     damage: CheckpointDamaged | None = None
     for step in reversed(steps(root)):
-        directory = Path(root) / str(step)
+        directory = storage.path(root) / str(step)
         try:
             _verify(directory, verify)
         except CheckpointDamaged as error:
@@ -221,18 +215,19 @@ def resume(
     return None
 
 
-def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
+def read_meta(directory: Name) -> dict[str, Any]:
     """Return the `meta` a checkpoint was saved with, and `format`, `step`, `metric` and `versions`.
 
     Raises:
         CheckpointDamaged: meta.json is not what was written.
         ValueError: a newer version of this library wrote it.
     """
-    directory = Path(directory)
+    directory = storage.path(directory)
     recorded, file = digests.read(directory), directory / META
-    if not file.is_file() or digests.digest(file) != recorded.get(META):
+    content = file.read_bytes() if file.is_file() else None
+    if content is None or digests.of(content) != recorded.get(META):
         raise CheckpointDamaged(f"{directory}: {META}: missing or damaged")
-    meta = json.loads(file.read_text())
+    meta = json.loads(content)
     if meta["format"] > FORMAT:
         raise ValueError(f"{directory}: format {meta['format']}; this version reads up to {FORMAT}: update wmss-jax")
     return meta
@@ -244,44 +239,51 @@ def _orbax() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
 
 
+@contextlib.contextmanager
+def _opened() -> Iterator[ocp.AsyncCheckpointer]:
+    orbax = _orbax()
+    try:
+        yield orbax
+    finally:
+        _close(orbax)
+
+
+def _close(orbax: ocp.AsyncCheckpointer) -> None:
+    with contextlib.suppress(Exception):  # of a write that failed, which was said: it would take that message's place
+        orbax.close()
+
+
 def _begin(
-    orbax: ocp.AsyncCheckpointer, final: Path, tree: PyTree, meta: str, files: Mapping[str, Path | bytes]
-) -> Path:
+    orbax: ocp.AsyncCheckpointer, final: Directory, tree: PyTree, meta: str, files: Mapping[str, Path | bytes]
+) -> Directory:
     """Return the partial directory, into which Orbax is writing the host's copy of `tree` in the background."""
     wrong = [name for name in files if Path(name).is_absolute() or {"..", STATE, META, DIGESTS} & set(Path(name).parts)]
     if wrong:
         raise ValueError(f"files carried along need other names, inside the checkpoint: {', '.join(wrong)}")
-    partial = final.with_name(f"{final.name}.partial-new")  # of the same name on all processes
+    partial = commit.begin(final)
     try:
         if jax.process_index() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            commit.clear(partial)
             for name, content in {META: meta.encode(), **files}.items():
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                (partial / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        orbax.save(partial / STATE, args=ocp.args.PyTreeSave(tree))
+                storage.write(partial / name, content if isinstance(content, bytes) else content.read_bytes())
+        with storage.errors_of(partial):
+            orbax.save(str(partial / STATE), args=ocp.args.PyTreeSave(tree))
     except Exception:
-        shutil.rmtree(partial, ignore_errors=True)
+        commit.discard(partial)
         raise
     return partial
 
 
-def _finish(orbax: ocp.AsyncCheckpointer, partial: Path, final: Path) -> None:
-    """Wait for Orbax, then digest, sync and rename; on an error remove what there is and raise OSError."""
+def _finish(orbax: ocp.AsyncCheckpointer, partial: Directory, final: Directory) -> None:
+    """Wait for Orbax, then make a checkpoint of it; on an error remove what there is and raise OSError."""
     try:
         orbax.wait_until_finished()
         if jax.process_index() == 0:
-            digests.write(partial)
-            durable.sync_tree(partial)
-            replaced = final.with_name(f"{final.name}.partial-old")
-            if final.exists():
-                final.rename(replaced)
-            partial.rename(final)
-            durable.sync(final.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+            commit.commit(partial, final)
     except Exception as error:  # TensorStore's are ValueErrors, whatever the disk said
-        free_gb = shutil.disk_usage(final.parent).free / 1e9
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{final}: the checkpoint could not be written, {free_gb:.3g} GB free: {error}") from error
+        room = commit.room(final.parent)
+        commit.discard(partial)
+        raise OSError(f"{final}: the checkpoint could not be written{room}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -304,7 +306,7 @@ def _meta_text(meta: Mapping[str, Any], step: int | None = None, metric: float |
     return json.dumps({**own, **meta}, indent=1, allow_nan=False) + "\n"
 
 
-def read_part(directory: str | os.PathLike, tree: PyTree, prefix: tuple[str, ...], dtype: str | None = None) -> PyTree:
+def read_part(directory: Name, tree: PyTree, prefix: tuple[str, ...], dtype: str | None = None) -> PyTree:
     """Return the arrays whose path begins with `prefix`, cast to `dtype` (None: as stored); see `restore`.
 
     Args:
@@ -313,9 +315,9 @@ def read_part(directory: str | os.PathLike, tree: PyTree, prefix: tuple[str, ...
     return _read(directory, tree, prefix, dtype)
 
 
-def _read(directory: str | os.PathLike, tree: PyTree, prefix: tuple = (), dtype: str | None = None) -> PyTree:
-    state = Path(directory).absolute() / STATE
-    with contextlib.closing(_orbax()) as orbax:
+def _read(directory: Name, tree: PyTree, prefix: tuple = (), dtype: str | None = None) -> PyTree:
+    state = str(storage.absolute(directory) / STATE)
+    with _opened() as orbax:
         stored = ocp.tree.to_flat_dict(orbax.metadata(state).item_metadata.tree)  # pyright: ignore
         stored = {name: leaf for name, leaf in stored.items() if name[: len(prefix)] == prefix}
         wanted = ocp.tree.to_flat_dict(tree)
@@ -334,7 +336,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _check_match(directory: str | os.PathLike, stored: Mapping, wanted: Mapping, dtypes: bool) -> None:
+def _check_match(directory: Name, stored: Mapping, wanted: Mapping, dtypes: bool) -> None:
     listed = [
         {f"{'.'.join(name)} {str(leaf.dtype) * dtypes}{list(leaf.shape)}" for name, leaf in leaves.items()}
         for leaves in (stored, wanted)

@@ -308,7 +308,7 @@ def import_(
 
 @convert_app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, here or gs://BUCKET/NAME.")],
     out: Annotated[Path, typer.Argument(help="Hugging Face directory to write.")],
     role: Annotated[str, typer.Option(help="Which of the checkpoint's models.")] = "strong",
 ) -> None:

@@ -60,7 +60,8 @@ def _arm_name(text: str) -> str:
 def _mounted(text: str) -> str:
     if "://" in text:
         raise ValueError(
-            f"{text} is no directory: a bucket has to be mounted on every host (launch/README.md); give where it is"
+            f"{text} is no directory: a bucket has to be mounted on every host (launch/README.md); give where it is. "
+            f"Checkpoints, the large part, need no mount with train.checkpoint_bucket: gs://BUCKET/NAME"
         )
     return text
 

@@ -13,9 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from wmss_jax import card, checkpoint, encoding, hf, roles, sharding, tensorfile, tokenizer
+from wmss_jax import card, checkpoint, encoding, hf, roles, sharding, storage, tensorfile, tokenizer
 from wmss_jax.models import CausalLM
 from wmss_jax.stages import ModelRef
+from wmss_jax.storage import Name
 
 
 def import_(source: str | os.PathLike, out: str | os.PathLike, dtype: str | None = None) -> None:
@@ -40,7 +41,7 @@ def import_(source: str | os.PathLike, out: str | os.PathLike, dtype: str | None
     roles.save(out, found, {"source": str(source), **meta}, assets_from=directory)
 
 
-def export(source: str | os.PathLike, out: str | os.PathLike, role: str = "strong") -> None:
+def export(source: Name, out: str | os.PathLike, role: str = "strong") -> None:
     """Write one role of the checkpoint `source`, imported or trained, as a Hugging Face directory `out`.
 
     An adapter is merged into its base.
@@ -49,9 +50,10 @@ def export(source: str | os.PathLike, out: str | os.PathLike, role: str = "stron
         FileExistsError: `out` holds something.
         ValueError: the checkpoint is damaged or has no such role.
     """
-    model, params = ModelRef(Path(source), role).load(_mesh())
-    assets, files = Path(source) / roles.ASSETS, card.files(Path(out).name, checkpoint.read_meta(source))
-    hf.save(model, params, out, tokenizer_from=assets if assets.is_dir() else None, files=files)
+    ref = ModelRef(storage.path(source), role)
+    model, params = ref.load(_mesh())
+    files = card.files(Path(out).name, checkpoint.read_meta(source))
+    hf.save(model, params, out, tokenizer_from=ref.assets if ref.assets.is_dir() else None, files=files)
 
 
 def _mesh() -> Mesh | None:

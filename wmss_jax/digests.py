@@ -1,8 +1,10 @@
-"""digests.json: size and crc32c of every other file in a directory, and whether the files still agree with it."""
+"""digests.json: size and crc32c of every other file in a directory, and whether the files still agree with it.
+
+In a bucket both come from the store, which has them of every object: nothing is read back for them.
+"""
 
 import concurrent.futures
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,6 +14,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from wmss_jax import storage
+from wmss_jax.storage import Directory, Name
+
 DIGESTS = "digests.json"
 Level = Literal["full", "sizes"]
 
@@ -20,12 +25,13 @@ class CheckpointDamaged(ValueError):
     """A checkpoint is not what was written; the message names the files and what is wrong with them."""
 
 
-def write(directory: Path) -> None:
+def write(directory: Directory) -> None:
     """Write digests.json for the files in `directory`, which must be complete."""
-    (directory / DIGESTS).write_text(json.dumps(_digests(directory, _files(directory)), indent=1))
+    made = _digests(directory, sorted(_sizes(directory)))
+    (directory / DIGESTS).write_bytes(json.dumps(made, indent=1).encode())
 
 
-def read(directory: Path) -> dict[str, list]:
+def read(directory: Directory) -> dict[str, list]:
     """Return {file: its `digest` when it was written}.
 
     Raises:
@@ -43,7 +49,7 @@ def read(directory: Path) -> dict[str, list]:
         raise CheckpointDamaged(f"{directory}: {DIGESTS}: {error}") from error
 
 
-def verify(directory: str | os.PathLike, level: Level = "full") -> None:
+def verify(directory: Name, level: Level = "full") -> None:
     """Return if a checkpoint has the files that were written, in the same sizes and, at "full", the same checksums.
 
     In a run of several processes each reads its share of the files, and all of them raise if one does.
@@ -52,7 +58,7 @@ def verify(directory: str | os.PathLike, level: Level = "full") -> None:
         FileNotFoundError: no such directory.
         CheckpointDamaged: it has not; every file that differs is named.
     """
-    directory = Path(directory)
+    directory = storage.path(directory)
     try:
         damage = "; ".join(_differences(directory, read(directory), level))
     except CheckpointDamaged as error:
@@ -71,18 +77,30 @@ def digest(file: Path) -> list:
     return [size, f"{crc:08x}"]
 
 
-def _files(directory: Path) -> list[str]:
-    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
-    return sorted(name for name in names if name != DIGESTS)
+def of(content: bytes) -> list:
+    """Return `digest` of a file with this content."""
+    return [len(content), f"{google_crc32c.value(content):08x}"]
 
 
-def _digests(directory: Path, names: Sequence[str]) -> dict[str, list]:
+def _sizes(directory: Directory) -> dict[str, int]:
+    if isinstance(directory, Path):
+        files = (path for path in directory.rglob("*") if not path.is_dir())
+        found = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+    else:
+        found = {name: size for name, (size, _) in directory.objects().items()}
+    return {name: size for name, size in found.items() if name != DIGESTS}
+
+
+def _digests(directory: Directory, names: Sequence[str]) -> dict[str, list]:
+    if not isinstance(directory, Path):
+        found = directory.objects()
+        return {name: list(found[name]) for name in names}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # network file systems are fast only in parallel
         return dict(zip(names, pool.map(lambda name: digest(directory / name), names), strict=True))
 
 
-def _differences(directory: Path, recorded: Mapping[str, list], level: Level) -> list[str]:
-    present = {name: (directory / name).stat().st_size for name in _files(directory)}
+def _differences(directory: Directory, recorded: Mapping[str, list], level: Level) -> list[str]:
+    present = dict(sorted(_sizes(directory).items()))
     found = [f"{name}: missing" for name in recorded if name not in present]
     for name, size in present.items():
         if name not in recorded:

@@ -4,7 +4,7 @@
         example.prompt, example.completion, example.location      # "2 + 3?", "5", "data/train.jsonl:1"
 
 A source is any object with `path` and, where needed, `split, messages, text, prompt, completion, answer, remove, limit`
-(see `config.SourceConfig`). Every error is one line that begins with the place: FILE:LINE of a JSONL file, else
+(see `sources.SourceConfig`). Every error is one line that begins with the place: FILE:LINE of a JSONL file, else
 FILE:row N, both counted from 1.
 """
 

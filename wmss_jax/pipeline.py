@@ -40,6 +40,7 @@ from wmss_jax import (
     scoring,
     selection,
     stage_config,
+    storage,
     train,
 )
 from wmss_jax.evals.tasks import evaluate_all, read_tasks
@@ -75,6 +76,8 @@ def _run(
     recipe: config.RunConfig, found: Mapping[str, objectives.Objective], until: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     run = prepare(recipe, say)
+    if (bucket := recipe.train.checkpoint_bucket) is not None:
+        processes.by_first(lambda: storage.check_usable(storage.GcsPath.parse(bucket)))
     tasks = read_tasks(run) if until is None else {}  # first, so that a mistake in them does not come to light last
     rounds = {"sft": 0, "joint": recipe.rounds, None: recipe.rounds}.get(until, 1)  # a control belongs to the first
     wanted = {
@@ -180,7 +183,7 @@ def weak_agent(run: Run, name: str, weak: ModelRef) -> ModelRef:
     step = wanted.source.step
     if step is None:
         return weak
-    root = run.work / "sft" / "checkpoints"
+    root = train.checkpoints(run.work / "sft", run.recipe.train)
     if step not in (kept := checkpoint.steps(root)):
         raise ValueError(
             f"{'joint' if name == 'joint' else f'controls.{name}'}.weak.source.step: {step} was not kept when the SFT "
@@ -317,9 +320,9 @@ def _work(
 def _train(run: Run, work: Work) -> ModelRef:
     """Carry out one training stage and return the strong role it ends with."""
     job = work.job
-    do = lambda: {"checkpoint": train.train(job).relative_to(run.work).as_posix()}
-    output = run.stage(job.directory.name, work.inputs, do, job.directory / "checkpoints")
-    return ModelRef(run.work / output["checkpoint"], "strong", work.settings, work.base)
+    do = lambda: {"checkpoint": run.name_of(train.train(job))}
+    output = run.stage(job.directory.name, work.inputs, do, train.checkpoints(job.directory, job.loop))
+    return ModelRef(run.named(output["checkpoint"]), "strong", work.settings, work.base)
 
 
 def _plan(run: Run, name: str, stage: stage_config.StageConfig, probs: np.ndarray | None = None) -> epochs.Plan:

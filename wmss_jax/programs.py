@@ -24,6 +24,7 @@ from wmss_jax import (
     sharding,
     stage_config,
     step,
+    storage,
     train_state,
 )
 from wmss_jax.models import CausalLM
@@ -92,8 +93,10 @@ class _Stored(NamedTuple):
 
 def _config_at(path: str) -> dict[str, Any]:
     """Return the config.json of a Hugging Face directory, a hub id or a checkpoint."""
-    assets = Path(path) / roles.ASSETS
-    return hf.read_config(assets if (Path(path) / checkpoint.META).exists() else hf.resolve(path))
+    directory = storage.path(path)
+    if (directory / checkpoint.META).is_file():
+        return hf.read_config(storage.here(directory / roles.ASSETS))
+    return hf.read_config(hf.resolve(path))
 
 
 def _train(

@@ -17,6 +17,7 @@ from wmss_jax import checkpoint, hf
 from wmss_jax.digests import Level
 from wmss_jax.models import ARCHS, CausalLM
 from wmss_jax.models.lora import Lora
+from wmss_jax.storage import Name
 
 ASSETS = "assets"  # the directory of a checkpoint that serves `hf.save` as `tokenizer_from`
 
@@ -48,7 +49,7 @@ def asset_files(source: str | os.PathLike) -> dict[str, Path]:
 
 
 def save(
-    directory: str | os.PathLike,
+    directory: Name,
     roles: Mapping[str, tuple[CausalLM, PyTree[Array]]],
     meta: Mapping[str, Any],
     assets_from: str | os.PathLike | None = None,
@@ -61,7 +62,7 @@ def save(
     checkpoint.save(directory, tree, meta, {} if assets_from is None else asset_files(assets_from))
 
 
-def models(directory: str | os.PathLike) -> dict[str, CausalLM]:
+def models(directory: Name) -> dict[str, CausalLM]:
     """Return the models of a checkpoint's roles, without parameters."""
     found = {}
     for role, said in checkpoint.read_meta(directory).get("roles", {}).items():
@@ -76,7 +77,7 @@ def models(directory: str | os.PathLike) -> dict[str, CausalLM]:
 
 
 def load(
-    directory: str | os.PathLike,
+    directory: Name,
     role: str,
     mesh: Mesh | None = None,
     dtype: str | None = None,

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from wmss_jax import (
     attention,
-    checkpoint,
     compilation,
     config,
     data,
@@ -23,12 +22,14 @@ from wmss_jax import (
     processes,
     sharding,
     stages,
+    storage,
     tokenizer,
     training_config,
 )
 from wmss_jax.models.lora import Lora
 from wmss_jax.sources import SourceConfig
 from wmss_jax.stages import ModelRef
+from wmss_jax.storage import Directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,7 @@ class Run:
 
     def ref(self, model: str) -> ModelRef:
         """Return a reference to a Hugging Face directory, a hub id, or the strong role of a checkpoint."""
-        is_checkpoint = (Path(model) / checkpoint.META).exists()
-        return ModelRef(hf.resolve(model), "strong" if is_checkpoint else None, self.model_settings)
+        return ModelRef.named(model, self.model_settings)
 
     def other(self, model: str, key: str) -> ModelRef:
         """Return `ref` of a model that is to meet the recipe's own, whose tokens it must know under the same ids.
@@ -71,6 +71,15 @@ class Run:
         _check_vocabulary(self, found, f"{key}: {model}")
         return found
 
+    def name_of(self, directory: Directory) -> str:
+        """Return what `named` finds a directory by: in the work directory by its place there, which may be moved."""
+        return directory.relative_to(self.work).as_posix() if isinstance(directory, Path) else str(directory)
+
+    def named(self, name: str) -> Directory:
+        """Return the directory that `name_of` gave a name."""
+        found = storage.path(name)
+        return self.work / found if isinstance(found, Path) else found
+
     def encoded(self, sources: Sequence[SourceConfig]) -> data.Dataset:
         """Return other examples than the recipe's own, encoded alike."""
         return _encoded(self.recipe, self.tokenizer, sources)
@@ -80,7 +89,7 @@ class Run:
         return stages.finished(self.work / "stages" / f"{name}.json")
 
     def stage(
-        self, name: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Path | None = None
+        self, name: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Directory | None = None
     ) -> dict[str, Any]:
         """Return a stage's output, from its record or by doing it; see `stages.run`."""
         self.say(f"{name} ...")

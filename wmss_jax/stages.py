@@ -17,12 +17,13 @@ import google_crc32c
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from wmss_jax import checkpoint, hf, processes, roles
+from wmss_jax import checkpoint, digests, hf, processes, roles, storage
 from wmss_jax.models import CausalLM
+from wmss_jax.storage import Directory, GcsPath
 
 
 def run(
-    record: Path, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Path | None = None
+    record: Path, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]], made: Directory | None = None
 ) -> dict[str, Any]:
     """Return the output of a stage: what `work()` returned when it was finished, now or in an earlier run.
 
@@ -45,18 +46,39 @@ def run(
     return processes.agreed(lambda: _finish(record, inputs, output))
 
 
-def _begin(record: Path, inputs: Mapping[str, Any], made: Path | None) -> dict[str, Any] | None:
+def _begin(record: Path, inputs: Mapping[str, Any], made: Directory | None) -> dict[str, Any] | None:
     """Return the output of a finished stage; None where it is to be done, its inputs then being on record."""
     known = json.loads(record.read_text()) if record.exists() else {"inputs": {}, "output": None}
-    begun = made is not None and made.exists() and any(made.iterdir())
+    begun = made is not None and _has_something(made)
     if begun and not record.exists():
-        raise FileExistsError(f"{made}: exists, and no {record} says from what; remove it or choose another work_dir")
+        other = "train.checkpoint_bucket" if isinstance(made, GcsPath) else "work_dir"
+        raise FileExistsError(f"{made}: exists, and no {record} says from what; remove it or choose another {other}")
     if begun or known["output"] is not None:
         _check_same(record, known["inputs"], inputs)
-    if known["output"] is None and known["inputs"] != inputs:
+    now = {"inputs": inputs, "output": None, **({"made": str(made)} if isinstance(made, GcsPath) else {})}
+    if known["output"] is None and known != now:
+        _check_not_elsewhere(record, known, made)
         record.parent.mkdir(parents=True, exist_ok=True)
-        _write(record, {"inputs": inputs, "output": None})
+        _write(record, now)
     return known["output"]
+
+
+def _check_not_elsewhere(record: Path, known: Mapping[str, Any], made: Directory | None) -> None:
+    """Raise ValueError where a stage was begun in a bucket and is to go on here, in another one, or the other way."""
+    before = known.get("made")
+    if before is None and isinstance(made, GcsPath):
+        before = record.parent.parent / made.parent.name / made.name
+    if before is not None and storage.path(before) != made and _has_something(storage.path(before)):
+        raise ValueError(
+            f"{record}: this stage was begun with its checkpoints in {before}, not in {made}; set "
+            f"train.checkpoint_bucket to what it was, or remove them to begin anew"
+        )
+
+
+def _has_something(made: Directory) -> bool:
+    if isinstance(made, Path):
+        return made.exists() and any(made.iterdir())
+    return made.is_dir()
 
 
 def _finish(record: Path, inputs: Mapping[str, Any], output: dict[str, Any]) -> dict[str, Any]:
@@ -116,11 +138,25 @@ class ModelRef:
         kept: where given, what `load` read stays there, for a caller that loads the same parameters many times.
     """
 
-    directory: Path
+    directory: Directory
     role: str | None
     settings: tuple[tuple[str, str | None], ...] = ()
     known_base: "ModelRef | None" = dataclasses.field(default=None, compare=False)
     kept: dict[Any, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def named(cls, model: str, settings: tuple[tuple[str, str | None], ...] = ()) -> "ModelRef":
+        """Return the reference that a path or hub id means: of a checkpoint, the strong role.
+
+        Raises:
+            FileNotFoundError: it is neither; see `hf.resolve`.
+        """
+        directory = storage.path(model)
+        if (directory / checkpoint.META).is_file():
+            return cls(directory, "strong", settings)
+        if isinstance(directory, GcsPath):
+            raise FileNotFoundError(f"{model}: no checkpoint; of buckets these are read, no Hugging Face directories")
+        return cls(hf.resolve(model), None, settings)
 
     def load(self, mesh: Mesh | None, dtype: str | None = None) -> tuple[CausalLM, PyTree[Array]]:
         """Return model and parameters; `dtype` of the parameters, default that of the file.
@@ -144,7 +180,7 @@ class ModelRef:
     def load_stored(self, mesh: Mesh | None, dtype: str | None = None) -> tuple[CausalLM, PyTree[Array]]:
         """Return what lies on disk: of an adapter, the adapter alone."""
         in_hf = self.role is None
-        model, params = hf.load(self.directory, mesh, dtype) if in_hf else self._role(mesh, dtype)
+        model, params = hf.load(self._local, mesh, dtype) if in_hf else self._role(mesh, dtype)
         return dataclasses.replace(model, **dict[str, Any](self.settings)), params
 
     def load_head(self, mesh: Mesh | None) -> PyTree[Array]:
@@ -152,7 +188,7 @@ class ModelRef:
         if self.base is not None:
             return self.base.load_head(mesh)  # adapters leave the head alone
         if self.role is None:
-            return hf.load_head(self.directory, mesh)
+            return hf.load_head(self._local, mesh)
         return self._role(mesh, head_only=True)[1]
 
     @functools.cached_property
@@ -161,7 +197,10 @@ class ModelRef:
         if self.known_base is not None:
             return self.known_base
         said = None if self.role is None else checkpoint.read_meta(self.directory).get("base")
-        return None if said is None else ModelRef(hf.resolve(said["directory"]), said["role"], self.settings)
+        if said is None:
+            return None
+        directory = storage.path(said["directory"]) if said["role"] is not None else hf.resolve(said["directory"])
+        return ModelRef(directory, said["role"], self.settings)
 
     def described(self) -> dict[str, Any]:
         """Return what a checkpoint of an adapter says of its base, from which `base` finds it again."""
@@ -188,20 +227,26 @@ class ModelRef:
     def model(self) -> CausalLM:
         """The model without its parameters."""
         in_hf = self.role is None
-        model = hf.model_of(self.directory) if in_hf else roles.models(self.directory)[str(self.role)]
+        model = hf.model_of(self._local) if in_hf else roles.models(self.directory)[str(self.role)]
         return dataclasses.replace(model, **dict[str, Any](self.settings))
 
     @property
     def assets(self) -> Path:
-        """Directory with the tokenizer and config files that belong to the parameters."""
-        return self.directory if self.role is None else self.directory / roles.ASSETS
+        """Directory of this machine with the tokenizer and config files that belong to the parameters."""
+        return self._local if self.role is None else storage.here(self.directory / roles.ASSETS)
+
+    @property
+    def _local(self) -> Path:
+        assert isinstance(self.directory, Path)  # buckets hold checkpoints, no Hugging Face directories
+        return self.directory
 
     @functools.cached_property
     def digest(self) -> str:
         """Digest of every byte of the parameters; read once, because it takes as long as the disk needs for them."""
-        files = sorted(self.directory.glob("*.safetensors")) if self.role is None else [self.directory / "digests.json"]
+        if self.role is not None:
+            return digests.of((self.directory / digests.DIGESTS).read_bytes())[1]
         crc = google_crc32c.Checksum()
-        for file in files:
+        for file in sorted(self._local.glob("*.safetensors")):
             with open(file, "rb") as stream:
                 while block := stream.read(2**24):
                     crc.update(block)

@@ -18,6 +18,7 @@ from wmss_jax import checkpoint, data, epochs, flops, hardware, optim, preemptio
 from wmss_jax.models import CausalLM
 from wmss_jax.neftune import Neftune
 from wmss_jax.objectives import Objective, Sft
+from wmss_jax.storage import Directory, GcsPath
 from wmss_jax.tracking import Tracker, profiled
 from wmss_jax.watchdog import Watchdog, watching
 from wmss_jax.weak_cache import WeakCache
@@ -46,7 +47,8 @@ class Job:
     """What one stage trains, on what, and how.
 
     Attributes:
-        directory: checkpoints/ and metrics.jsonl come to lie here, and profile/ where the loop asks for it.
+        directory: metrics.jsonl comes to lie here, checkpoints/ unless the loop names a bucket, and profile/ where it
+            asks for it.
         models: {role: model} of all roles of the objective.
         trained, frozen: give {role: parameters} when called; `trained` is not called where a checkpoint goes on.
             With adapters, "base" is among the frozen ones.
@@ -83,7 +85,7 @@ class Job:
     keep_steps: frozenset[int] = frozenset()
 
 
-def train(job: Job) -> Path:
+def train(job: Job) -> Directory:
     """Return the checkpoint directory of the trained roles: the last step's, or the best one's with `keep_best`.
 
     Goes on from the newest checkpoint in `job.directory`, if there is one; the result is bitwise the same as without
@@ -98,7 +100,7 @@ def train(job: Job) -> Path:
         return _train(job, watchdog)
 
 
-def _train(job: Job, watchdog: Watchdog) -> Path:
+def _train(job: Job, watchdog: Watchdog) -> Directory:
     total = job.plan.total_steps
     tx, schedule = optim.make(job.optimizer, total)
     tx = with_averages(job, tx)
@@ -116,7 +118,7 @@ def _train(job: Job, watchdog: Watchdog) -> Path:
     primary = jax.process_index() == 0
     with (
         checkpoint.Writer(
-            _checkpoints(job),
+            checkpoints(job.directory, job.loop),
             job.loop.keep_last,
             job.loop.keep_every_steps,
             keep_best=keep_best,
@@ -188,7 +190,7 @@ def _first_state(job: Job, tx: optax.GradientTransformation) -> train_state.Trai
     params = {role: job.models[role].abstract(job.param_dtype, job.mesh) for role in job.trained_roles}
     try:
         resumed = checkpoint.resume(
-            _checkpoints(job), train_state.abstract_state(params, tx), job.loop.verify,
+            checkpoints(job.directory, job.loop), train_state.abstract_state(params, tx), job.loop.verify,
             use_previous=job.loop.resume_from == "newest_intact",
         )  # fmt: skip
     except checkpoint.CheckpointDamaged as error:
@@ -197,9 +199,9 @@ def _first_state(job: Job, tx: optax.GradientTransformation) -> train_state.Trai
     return train_state.init_state(job.trained(), tx) if resumed is None else resumed[1]
 
 
-def _result(job: Job) -> Path:
+def _result(job: Job) -> Directory:
     """Return the checkpoint that the stage ends with."""
-    root = _checkpoints(job)
+    root = checkpoints(job.directory, job.loop)
     if job.held_out is None or not job.held_out.keep_best:
         return root / str(job.plan.total_steps)
     metrics = {number: checkpoint.read_meta(root / str(number))["metric"] for number in checkpoint.steps(root)}
@@ -207,8 +209,10 @@ def _result(job: Job) -> Path:
     return root / str(min(measured, key=lambda number: (measured[number], -number)))
 
 
-def _checkpoints(job: Job) -> Path:
-    return job.directory / "checkpoints"
+def checkpoints(directory: Path, loop: "TrainConfig") -> Directory:
+    """Return where the checkpoints of the stage lie whose directory is `directory`."""
+    bucket = loop.checkpoint_bucket
+    return (directory if bucket is None else GcsPath.parse(bucket) / directory.name) / "checkpoints"
 
 
 def shipped(state: train_state.TrainState, job: Job) -> PyTree[Array]:

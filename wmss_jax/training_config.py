@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from wmss_jax import storage
 from wmss_jax.sources import Section, SourceConfig, Sources, Text
 
 Dtype = Literal["float32", "bfloat16"]
@@ -163,6 +164,10 @@ class OptimizerConfig(Section):
         return self
 
 
+def _bucket(text: str) -> str:
+    return str(storage.GcsPath.parse(text))
+
+
 class TrainConfig(Section):
     """The loop, alike in every training stage."""
 
@@ -181,6 +186,9 @@ class TrainConfig(Section):
     """Optimizer steps between two lines of metrics."""
     checkpoint_every_steps: PositiveInt = 100
     """Optimizer steps between two checkpoints; the last step is always saved."""
+    checkpoint_bucket: Annotated[Text, AfterValidator(_bucket)] | None = None
+    """gs://BUCKET/NAME: the checkpoints of all stages are kept in Google Cloud Storage, below this name; all else stays
+    in `work_dir`. null: in `work_dir`, too."""
     keep_last: PositiveInt = 2
     """Newest checkpoints of a stage that are kept."""
     keep_every_steps: PositiveInt | None = None

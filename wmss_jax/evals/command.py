@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from wmss_jax import checkpoint, encoding, hf, sharding, stages, tokenizer
+from wmss_jax import encoding, sharding, stages, tokenizer
 from wmss_jax.endings import end_ids
 from wmss_jax.evals import grading, questions, run, statistics
 from wmss_jax.evals.catalog import Protocol, Task
@@ -56,7 +56,7 @@ def evaluate(request: Request, say: Callable[[str], None] = print) -> dict[str, 
         if task.items not in (None, len(found[task.name])):
             say(f"{task.name}: {len(found[task.name])} questions, where the paper has {task.items}")
     with grading.opened({task.grader for task in tasks}, unsafe_no_sandbox=request.unsafe_no_sandbox) as judges:
-        ref = ModelRef(*_place(request.model))
+        ref = ModelRef.named(request.model)
         texts = tokenizer.load(ref.assets)
         chat = request.chat if request.chat is not None else texts.chat_template is not None
         mesh = sharding.make_mesh()
@@ -102,10 +102,6 @@ def difference_table(differences: Mapping[str, Mapping[str, float]]) -> str:
             f"p = {d['p']:.3g} ({d['only_a']} right in the first alone, {d['only_b']} in the second, of {d['n']})"
         )
     return "\n".join(lines)
-
-
-def _place(model: str) -> tuple[Path, str | None]:
-    return hf.resolve(model), "strong" if (Path(model) / checkpoint.META).exists() else None
 
 
 def _graded_by(request: Request, task: Task) -> Task:

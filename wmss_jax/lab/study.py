@@ -254,6 +254,8 @@ def _check(study: Study, where: str) -> None:
     }.items():
         if wrong:
             mistakes.append(f"recipe.{name}: a lab compares whole models after one round, each at its last step")
+    if base.train.checkpoint_bucket is not None:
+        mistakes.append("recipe.train.checkpoint_bucket: the runs of all seeds would write over each other there")
     for name, recipe in study.arms.items():
         if recipe.joint.steps is None:
             mistakes.append(f"arms.{name}.joint.steps: give it, or recipe.joint.steps: seeds must not differ in length")
