@@ -210,6 +210,9 @@ def test_splash_runs_the_kernel_of_the_chosen_window(mesh, rng, monkeypatch):
     monkeypatch.setattr(attention, "backend_on", lambda *_: "splash")
     monkeypatch.setattr(splash, "attention", functools.partial(splash.attention, interpret=True))
     mesh = mesh and sharding.make_mesh(*mesh)
+    if mesh:
+        spread = sharding.NamedSharding(mesh, sharding.P(sharding.BATCH_AXES, None, "tensor"))
+        q, k, v = jax.device_put((q, k, v), spread)
 
     @jax.jit
     def run(q, k, v):
