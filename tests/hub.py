@@ -64,9 +64,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif not api:
             self._file(files, "/".join(rest[2:]))
         elif rest[:1] in (["tree"], ["paths-info"]):
-            listed = [name for name in files if paths is None or name in paths]
-            prefix = "/".join(rest[2:])
-            self._json([_entry(name, files[name]) for name in listed if name.startswith(prefix)])
+            folder = "".join(f"{part}/" for part in rest[2:])
+            listed = {name for name in files if name.startswith(folder)} if paths is None else files.keys() & {*paths}
+            if paths is None and "recursive=true" not in self.path.lower():
+                listed = {folder + name.removeprefix(folder).partition("/")[0] for name in listed}
+            self._json([_entry(name, files.get(name)) for name in sorted(listed)])
         else:
             siblings = [{"rfilename": name} for name in files]
             self._json({"id": f"{owner}/{name}", "sha": commit(files), "siblings": siblings, "tags": []})
@@ -97,5 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def _entry(name: str, content: bytes) -> dict[str, object]:
+def _entry(name: str, content: bytes | None) -> dict[str, object]:
+    if content is None:
+        return {"type": "directory", "path": name, "size": 0, "oid": hashlib.sha1(name.encode()).hexdigest()}
     return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}

@@ -37,11 +37,10 @@ for kind, given in json.load(sys.stdin):
 """
 
 
-def ask(root: Path, endpoint: str, *wanted):
+def ask(root: Path, endpoint: str | None, *wanted):
     """What another process reads, whose hub is there: `datasets` looks for its address once, when it is imported."""
-    offline = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"}
-    environment = {name: value for name, value in os.environ.items() if name not in offline}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(root / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    hub_of = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"} if endpoint else {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | hub_of | {"HF_HOME": str(root / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", READ], input=json.dumps(wanted), env=environment, capture_output=True, text=True,
         cwd=root, timeout=300,
@@ -80,7 +79,7 @@ REPOS = {
     "HuggingFaceH4/MATH-500": [{"test.jsonl": jsonl({"problem": "1/2?", "answer": "\\frac12", "level": 1})}],
     "owner/sums": [OLD, NEW],
     "owner/lists": [{name: jsonl({"Q": name, "A": ["a", "b"]}) for name in ("train.jsonl", "test.jsonl")}],
-    "owner/ragged": [{"train.jsonl": jsonl({"question": "1 + 1?", "answer": "2"}, {"answer": [{"a": 1}]})}],
+    "owner/ragged": [{**OLD, "test.jsonl": jsonl({"Q": "?", "A": ["a", "b"]})}],
 }
 
 
@@ -102,14 +101,14 @@ def test_columns_splits_configurations_and_revisions(tmp_path):
     assert latest == [["1 + 1?", "two", "owner/sums[train]:row 1"]] and pinned[0][1] == "2"
     assert filled == [["test.jsonl", "b", "owner/lists[test]:row 1"]]
     assert digest != of_old and "Error" not in digest + of_old
-    for error, said in ((none, "nobody/nothing"), (no_split, "dev"), (no_revision, "v9"), (ragged, "JSON")):
+    for error, said in ((none, "nobody/nothing"), (no_split, "dev"), (no_revision, "v9"), (ragged, "owner/ragged")):
         assert error.startswith("FileNotFoundError: ") and said in error and "\n" not in error, error
 
 
 def test_without_a_hub_there_is_what_was_read_before_and_one_line_for_the_rest(tmp_path):
     with hub.serving(REPOS) as endpoint:
         before = ask(tmp_path, endpoint, ["examples", {"path": "owner/sums"}])
-    again, other = ask(tmp_path, endpoint, ["examples", {"path": "owner/sums"}], ["task", "math500"])
+    again, other = ask(tmp_path, None, ["examples", {"path": "owner/sums"}], ["task", "math500"])
     assert [again] == before
     assert other.startswith("FileNotFoundError: HuggingFaceH4/MATH-500: no such file, and not to be had from the hub: ")
     assert "\n" not in other and len(other) < 450
