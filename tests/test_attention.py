@@ -1,5 +1,7 @@
 """Every attention backend against a dense float64 reference. Run: pytest tests/test_attention.py"""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,3 +198,36 @@ def test_a_window_that_differs_by_layer_is_the_chosen_one(rng):
         out, first_BT = run(index)
         np.testing.assert_allclose(out, dense(q, k, v, segments_BT, 0.25, window), atol=TOLERANCE)
         np.testing.assert_array_equal(first_BT, attention.first_keys(segments_BT, window))
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)], ids=["one device", "eight devices"])
+def test_splash_runs_the_kernel_of_the_chosen_window(mesh, rng, monkeypatch):
+    """As TPUs do for Gemma: a branch for each window, inside of a scan over layers; values and gradients."""
+    segments_BT = jnp.concatenate([segments_of(50, 70, T=128), segments_of(128, T=128)] * 2)
+    q, k, v, out = inputs(rng, segments_BT)
+    positions_BT = positions_of(segments_BT)
+    windows, order, softcap = (None, 9), (1, 0), 3.0
+    monkeypatch.setattr(attention, "backend_on", lambda *_: "splash")
+    monkeypatch.setattr(splash, "attention", functools.partial(splash.attention, interpret=True))
+    mesh = mesh and sharding.make_mesh(*mesh)
+    if mesh:
+        spread = sharding.NamedSharding(mesh, sharding.P(sharding.BATCH_AXES, None, "tensor"))
+        q, k, v = jax.device_put((q, k, v), spread)
+
+    @jax.jit
+    def run(q, k, v):
+        def layer(_, index):
+            window = attention.OneOf(windows, index)
+            settings = {"scale": 0.25, "window": window, "softcap": softcap}
+            return None, attention.attention(q, k, v, segments_BT, positions_BT, **settings)
+
+        with sharding.use(mesh):
+            return jax.lax.scan(layer, None, jnp.array(order))[1]
+
+    found, pull_back = jax.vjp(run, q, k, v)
+    for layer, index in enumerate(order):
+        settings = (segments_BT, 0.25, windows[index], softcap)
+        np.testing.assert_allclose(found[layer], dense(q, k, v, *settings), atol=TOLERANCE)
+        gradients = pull_back(jnp.zeros_like(found).at[layer].set(out))
+        for (which, place), expected in dense_gradients((q, k, v, *settings), out).items():
+            assert gradients[which][place] == pytest.approx(expected, abs=TOLERANCE * 4, rel=TOLERANCE)

@@ -210,6 +210,29 @@ def test_a_row_without_an_answer_is_refused(bad, tmp_path):
         questions.read(questions.task_named(str(file), "exact"))
 
 
+# How EvalPlus compares, in the tests of its data sets (its tools/humaneval/to_original_fmt.py); they need numpy inside
+# the sandbox, and nothing of EvalPlus.
+PLUS = """import numpy as np
+
+def is_floats(x) -> bool:
+    if isinstance(x, float):
+        return True
+    if isinstance(x, (list, tuple)):
+        return all(isinstance(i, float) for i in x)
+    if isinstance(x, np.ndarray):
+        return x.dtype == np.float64 or x.dtype == np.float32
+    return False
+
+def assertion(out, exp, atol):
+    exact_match = out == exp
+    if atol == 0 and is_floats(exp):
+        atol = 1e-6
+    if not exact_match and atol != 0:
+        assert np.allclose(out, exp, rtol=1e-07, atol=atol)
+    else:
+        assert exact_match
+
+"""
 ROWS = {
     "gsm8k": {"question": "2 + 3?", "answer": "#### 5"},
     "svamp": {"Body": "Two and three.", "Question": "Sum?", "Answer": 5.0},
@@ -223,9 +246,18 @@ ROWS = {
     "logiqa2": {"text": "Five is it.", "question": "Which?", "options": ["4", "5", "6", "7"], "answer": 1},
     "reclor": {"context": "Five is it.", "question": "Which?", "answers": ["4", "5", "6", "7"], "label": 1},
     "humaneval": {"prompt": "def f():\n", "test": "def check(f): assert f() == 5", "entry_point": "f"},
-    "humaneval_plus": {"prompt": "def f():\n", "test": "def check(f): assert f() == 5", "entry_point": "f"},
+    "humaneval_plus": {
+        "prompt": "def f():\n",
+        "entry_point": "f",
+        "test": PLUS + "def check(candidate):\n    inputs = [[], []]\n    results = [5.0000001, 5]\n"
+        "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n        assertion(candidate(*inp), exp, 0)\n",
+    },
     "mbpp": {"text": "Write f.", "test_setup_code": "", "test_list": ["assert f() == 5"] * 3},
-    "mbpp_plus": {"prompt": "Write f.", "test": "assert f() == 5"},
+    "mbpp_plus": {
+        "prompt": "Write f.",
+        "test": PLUS + "inputs = [[]]\nresults = [5]\nfor i, (inp, exp) in enumerate(zip(inputs, results)):\n"
+        "    assertion(f(*inp), exp, 0)\n",
+    },
 }
 RIGHT = {
     "letter": "<think>A?</think> <answer>The answer is (B).</answer>",
@@ -339,6 +371,36 @@ def test_eval_of_local_data_sets_and_a_comparison(exported, tmp_path, monkeypatc
     rows(improved / "svamp.jsonl", dataclasses.asdict(better[0]))
     code, _, err = wmss_eval("eval-compare", str(tmp_path / "a"), str(improved))
     assert code == 2 and "not of the same questions" in err
+
+
+def test_the_first_papers_protocol_asks_three_times_and_gives_the_mean(exported, tmp_path):
+    """As a whole: its system prompt in the chat, T = 0.5, top-p 0.95, three answers of noise of their own."""
+    asked = [f"How many apples does she have, {n}?" for n in range(4)]
+    protocol, said = catalog.protocol("paper_v1"), []
+
+    def evaluated(golds, name):
+        file = rows(
+            tmp_path / "apples.jsonl", *({"question": q, "answer": a} for q, a in zip(asked, golds, strict=True))
+        )
+        request = command.Request(
+            str(exported), (str(file),), tmp_path / name, protocol, grader="exact", max_new_tokens=4, batch_size=4
+        )
+        return command.evaluate(request, say=said.append)["apples"], run.read(tmp_path / name / "apples.jsonl")
+
+    _, before = evaluated("wxyz", "a")
+    assert [(record.item, record.sample) for record in before] == list(itertools.product(range(4), range(3)))
+    assert all(len({r.generation for r in before if r.item == item}) > 1 for item in range(4)), "not one seed for all"
+    assert said == ["apples: 4 questions x 3, at most 4 tokens each"]
+    golds = [before[3 * item + item % 3].extraction or "x" for item in range(3)]
+    figures, records = evaluated([*golds, "z"], "b")
+    assert [r.generation for r in records] == [r.generation for r in before], "the same seeds, the same answers"
+    shares = [np.mean([r.verdict for r in records if r.item == item]) for item in range(4)]
+    assert figures["accuracy"] == pytest.approx(np.mean(shares)) and 0 < figures["accuracy"] < 1
+    assert figures["low"] < figures["accuracy"] < figures["high"] and figures["samples"] == 3
+    assert f"apples: mean@3 {100 * figures['accuracy']:.1f} % [" in command.table({"apples": figures})
+    record = json.loads((tmp_path / "b" / "apples.json").read_text())["inputs"]["protocol"]
+    assert record == dataclasses.asdict(protocol)
+    assert (record["seed"], record["samples"], record["temperature"], record["top_p"]) == (42, 3, 0.5, 0.95)
 
 
 def test_a_hang_is_counted_and_reported(tmp_path):

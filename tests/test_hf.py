@@ -81,17 +81,6 @@ def test_tokenizer_template_and_generation_files_are_carried_along(copy, tmp_pat
     assert not (tmp_path / "out/modeling_evil.py").exists()
 
 
-def test_mixed_dtypes_in_one_file_are_kept(copy, tmp_path):
-    source = copy("qwen3/bf16")
-    tensors = load_file(source / "model.safetensors")
-    name = "model.norm.weight"
-    save_file({**tensors, name: tensors[name].astype(np.float32)}, source / "model.safetensors")
-    model, params = wmss.load(source)
-    assert params["final_norm"]["scale"].dtype == jnp.float32 and params["embed"].dtype == jnp.bfloat16
-    wmss.save(model, params, tmp_path / "out")
-    assert tensorfile.tensors(tmp_path / "out")[name].dtype == np.float32
-
-
 # -- what is refused ----------------------------------------------------------------------------------------------
 
 

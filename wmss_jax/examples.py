@@ -192,8 +192,9 @@ def _place(source: Any, root: str | os.PathLike) -> Path | str:
     if file.is_file():
         if not file.name.endswith(_ENDINGS):
             raise ValueError(f"{file}: unknown kind of file; known: {', '.join(_ENDINGS)}")
-        if _given(source, "split") is not None:
-            raise ValueError(f"{file}: split {source.split!r} is given, but only hub data sets have splits")
+        for name in ("split", "revision"):
+            if (value := _given(source, name)) is not None:
+                raise ValueError(f"{file}: {name} {value!r} is given, but only hub data sets have {name}s")
         return file
     if file.exists() or source.path.endswith(_ENDINGS) or not _HUB_ID.fullmatch(source.path):
         raise FileNotFoundError(f"{file}: no such file, and not a hub id (owner/name)")
@@ -263,17 +264,19 @@ def _hub_rows(name: str, source: Any) -> Iterator[tuple[int, Any]]:
     return enumerate(_hub_dataset(name, source), 1)
 
 
-def _subset(source: Any) -> dict[str, str]:
-    subset = _given(source, "subset")
-    return {} if subset is None else {"name": subset}
+def _which(source: Any) -> dict[str, str]:
+    """Return what of a hub data set is asked for besides its split, by the names that `datasets` has for it."""
+    wanted = {"name": _given(source, "subset"), "revision": _given(source, "revision")}
+    return {name: value for name, value in wanted.items() if value is not None}
 
 
 def _hub_dataset(name: str, source: Any) -> Any:
     datasets = _datasets()
     try:
-        return datasets.load_dataset(name, split=_split(source), **_subset(source))
-    except (OSError, ValueError) as error:  # unknown, offline; of several configurations or without that split
-        reason = " ".join(str(error).split())
+        return datasets.load_dataset(name, split=_split(source), **_which(source))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # Unknown, offline; of several configurations or without that split; with rows that do not fit together.
+        reason = " ".join(str(error.__cause__ or error).split())
         raise FileNotFoundError(f"{name}: no such file, and not to be had from the hub: {reason[:300]}") from error
 
 

@@ -162,7 +162,7 @@ def save(
             carry(source, directory)
         write_texts(directory, files or {})
         sizes = {
-            name: math.prod(row.their_shape(model.config.sizes)) * jnp.dtype(dtypes[row.path]).itemsize
+            name: math.prod(row.their_shape(model.config.sizes)) * _file_dtype(dtypes, row, name).itemsize
             for row in model.rows
             for name in row.names(model.config.sizes)
         }
@@ -308,13 +308,17 @@ def _read(
 
 
 def _with_file_dtypes(model: CausalLM, tensors: Mapping[str, tensorfile.Tensor]) -> CausalLM:
-    """Return the model with each parameter's dtype in the file: the widest, where layers differ, which is exact."""
-    found = {
-        row.path: {tensors[name].dtype for name in row.names(model.config.sizes) if name in tensors}
-        for row in model.rows
-    }
-    dtypes = tuple((path, str(jnp.result_type(*kinds))) for path, kinds in found.items() if kinds)
-    return dataclasses.replace(model, file_dtypes=dtypes)
+    """Return the model with each parameter's dtype in the file: where layers differ, the widest, which is exact.
+
+    A tensor that has another than its parameter is listed too, by its own name.
+    """
+    dtypes: dict[str, str] = {}
+    for row in model.rows:
+        found = {name: tensors[name].dtype for name in row.names(model.config.sizes) if name in tensors}
+        if found:
+            widest = dtypes[row.path] = str(jnp.result_type(*set(found.values())))
+            dtypes |= {name: str(dtype) for name, dtype in found.items() if dtype != widest}
+    return dataclasses.replace(model, file_dtypes=tuple(dtypes.items()))
 
 
 def _check_names_and_shapes(model: CausalLM, directory: Path, tensors: dict[str, tensorfile.Tensor]) -> None:
@@ -339,7 +343,12 @@ def _their_tensors(model: CausalLM, params: PyTree, dtypes: Mapping[str, str]) -
     sizes = model.config.sizes
     for row in model.rows:
         for name, array in tensors_of(row, leaf_of(params, row), sizes):
-            yield name, array.astype(jnp.dtype(dtypes[row.path]))
+            yield name, array.astype(_file_dtype(dtypes, row, name))
+
+
+def _file_dtype(dtypes: Mapping[str, str], row: Row, name: str) -> np.dtype:
+    """Return the dtype of one of a row's tensors in a file, given `CausalLM.file_dtypes`."""
+    return jnp.dtype(dtypes.get(name, dtypes[row.path]))
 
 
 def tensors_of(row: Row, leaf: Array, sizes: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:

@@ -26,6 +26,7 @@ from wmss_jax import (
     tokenizer,
     training_config,
 )
+from wmss_jax.models import multimodal
 from wmss_jax.models.lora import Lora
 from wmss_jax.sources import SourceConfig
 from wmss_jax.stages import ModelRef
@@ -200,7 +201,9 @@ def _assets(recipe: config.RunConfig, work: Path) -> Any:
                     f"the tokenizer has {len(made)} tokens, the model's vocabulary {rows}: "
                     f"raise vocab_size in config.json or lower model.tokenizer.vocab_size"
                 )
-            (new / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            (new / "config.json").write_text(
+                json.dumps(settings if m.path else _begun(settings, made), indent=2) + "\n"
+            )
 
     inputs = {"config": settings, "tokenizer": _tokenizer_inputs(recipe, found)}
     record = work / "stages" / "assets.json"
@@ -215,6 +218,15 @@ def _assets(recipe: config.RunConfig, work: Path) -> Any:
     processes.by_first(forget_unused)
     stages.run(record, inputs, lambda: processes.by_first(make) or {}, directory)
     return tokenizer.load(directory)
+
+
+def _begun(settings: Mapping[str, Any], made: Any) -> dict[str, Any]:
+    """Return the config of a model that starts without weights: its special tokens are those of its tokenizer.
+
+    Left out, they would be what transformers takes for the family's, which need not even be among the rows.
+    """
+    ids = {key: getattr(made, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return multimodal.text_config(settings) | ids
 
 
 def _tokenizer_inputs(recipe: config.RunConfig, found: Path) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class SourceConfig(Section):
     at `data`."""
     split: Text | None = None
     """Split of a hub data set; null: train."""
+    revision: Text | None = None
+    """Commit, tag or branch of a hub data set; null: its main branch, as it is when it is first read."""
     subset: Text | None = None
     """Configuration of a hub data set that has several."""
     messages: Text | None = None

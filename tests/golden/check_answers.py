@@ -7,8 +7,8 @@ then in a scratch environment with torch and transformers:
     python tests/golden/check_answers.py EXPORTED_DIR PROMPTS.jsonl ANSWERS.jsonl --max-new-tokens 64
 
 EXPORTED_DIR is a float32 export with a tokenizer, PROMPTS.jsonl has a "prompt" in every row. Prompts go through the
-chat template if there is one. Exits 1 when an answer differs
-although no two best logits of it are within 1e-4.
+chat template if there is one, with --plain as they are (`wmss generate --no-chat-template`). Exits 1 when an answer
+differs although no two best logits of it are within 1e-4.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def rows(file: str) -> list[dict]:
     return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def prompt_tokens(tokenizer, prompt: str) -> torch.Tensor:
-    if tokenizer.chat_template is not None:
+def prompt_tokens(tokenizer, prompt: str, plain: bool) -> torch.Tensor:
+    if tokenizer.chat_template is not None and not plain:
         chat = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("prompts")
     parser.add_argument("answers")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--plain", action="store_true", help="without the chat template")
     args = parser.parse_args()
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.exported_dir)
@@ -50,7 +51,7 @@ def main() -> int:
     prompts = rows(args.prompts)
     same, close, ended = 0, 0, 0
     for number, row in enumerate(prompts):
-        tokens = prompt_tokens(tokenizer, row["prompt"])
+        tokens = prompt_tokens(tokenizer, row["prompt"], args.plain)
         made = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=args.max_new_tokens, do_sample=False,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=0, return_dict_in_generate=True, output_logits=True,

@@ -74,9 +74,9 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
         more = [f"{key} {100 * value:.1f}" for key, value in row.items() if "@" in key and key != "pass@1"]
         more += [f"{row['hung']} judgements hung"] if row["hung"] else []
         interval = f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-        lines.append(
-            f"{name}: {100 * row['accuracy']:.1f} % {interval} of {row['n']}" + "".join(f"; {x}" for x in more)
-        )
+        mean = f"mean@{row['samples']} " if "samples" in row else ""
+        right = f"{mean}{100 * row['accuracy']:.1f} %"
+        lines.append(f"{name}: {right} {interval} of {row['n']}" + "".join(f"; {x}" for x in more))
     return "\n".join(lines)
 
 

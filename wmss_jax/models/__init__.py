@@ -60,7 +60,8 @@ class CausalLM:
         lora: with it the trained parameters are those of an adapter: `init`, `rows` and all that follows from them are
             the adapter's, and `hidden` takes what `adapt` makes of base and adapter.
         vocab_size: tokens that exist. Rows beyond it are padding and get no probability; None: every row is a token.
-        file_dtypes: (path, dtype) of the checkpoint's tensors, in which `save` writes; no part of equality.
+        file_dtypes: (path, dtype) of the checkpoint's tensors, in which `save` writes, and (their name, dtype) of those
+            that differ from others of their parameter; no part of equality.
     """
 
     arch: str
