@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -142,3 +144,17 @@ def test_config_round_trip():
 def test_what_a_config_asks_for_and_is_not_implemented_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         hf.from_config({**qwen3.to_hf(tiny.CONFIG), **change})
+
+
+def test_what_a_layer_keeps_for_its_backward_pass(capsys):
+    """Per token and layer, in numbers: "full" its input alone, "dots" the results of its products besides."""
+    kept = {}
+    for remat in ("none", "dots", "full"):
+        model = dataclasses.replace(tiny.model(), remat=remat, compute_dtype="bfloat16")
+        jax.ad_checkpoint.print_saved_residuals(model.hidden, tiny.params(model), jnp.zeros((2, 24), jnp.int32))
+        shapes = re.findall(r"^bf16\[2,2,24,([\d,]+)\]", capsys.readouterr().out, re.MULTILINE)  # [L, B, T, ...]
+        kept[remat] = sum(math.prod(map(int, shape.split(","))) for shape in shapes)
+    D, F, N, K, H = 32, 48, 4, 2, 16
+    assert kept["full"] == D
+    assert kept["dots"] == D + (N + 2 * K) * H + D + 2 * F + D, "products of all matrices"
+    assert kept["none"] > kept["dots"]

@@ -28,21 +28,21 @@ def serve(step, packages):
         wall, cpu = time.perf_counter(), time.process_time()
         result = step()
         seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-        _answer({"result": result, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": _peak_bytes()})
+        _answer({"result": result, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": _peak_bytes(packages)})
 
 
 def _answer(answer):
     _ANSWERS.write(json.dumps(answer) + "\n")
 
 
-def _peak_bytes():
+def _peak_bytes(packages):
     """Return the most memory this process ever had, on a GPU of the GPU's.
 
     On a CPU that is resident memory; getrusage would count what the parent had as well.
     """
-    if DEVICE == "gpu" and "jax" in sys.modules:
-        return sys.modules["jax"].devices()[0].memory_stats()["peak_bytes_in_use"]
-    if DEVICE == "gpu":
+    if DEVICE == "gpu" and "torch" in packages:  # jax may be imported there, too, and is to leave the GPU alone
         return sys.modules["torch"].cuda.max_memory_allocated()
+    if DEVICE == "gpu":
+        return sys.modules["jax"].devices()[0].memory_stats()["peak_bytes_in_use"]
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) * 1024

@@ -40,14 +40,14 @@ class _Blocks(NamedTuple):
     stages: int  # blocks of its loop that are loaded or computed at once
 
 
-# (Bytes per number, H up to): the cuts of the forward, dq and dkv kernels. Chosen with the compiler, not with a clock:
-# the largest for which the accumulators stay in registers on sm_80 and sm_90 (at most 40 bytes of spills per thread)
-# and the shared memory within the A100's 163 KB (104 KB there; 160 KB of 227 on sm_90, whose products read both sides
-# from it). Two or three stages hide the loads of 16-bit numbers. Products of float32 become unrolled multiply-adds:
-# long blocks of them spill kilobytes, and loads are not what they wait for. At 16 bits and H = 256, dkv with 64 keys
-# would not fit the tensor memory of sm_100.
+# (Bytes per number, H up to): the cuts of the forward, dq and dkv kernels. Of 16 bits and H up to 128 those that an
+# H100 was fastest with on rows of 4,096 tokens packed from four examples (2026-11-26), of about ten that stay within
+# the 163 KB of shared memory of an A100. Products of float32 become unrolled multiply-adds: long blocks of them spill
+# kilobytes, and loads are not what they wait for. At 16 bits and H = 256, dkv with 64 keys would not fit the tensor
+# memory of sm_100; that row and those of float32 were chosen with the compiler: the largest whose accumulators stay in
+# registers on sm_80 and sm_90.
 _BLOCKS = {
-    (2, 64): (_Blocks(128, 64, 4, 3), _Blocks(64, 64, 4, 3), _Blocks(64, 64, 4, 3)),
+    (2, 64): (_Blocks(64, 64, 4, 3), _Blocks(64, 64, 4, 3), _Blocks(32, 64, 4, 3)),
     (2, 128): (_Blocks(64, 64, 4, 3), _Blocks(128, 64, 8, 3), _Blocks(32, 64, 4, 3)),
     (2, 256): (_Blocks(64, 64, 8, 2), _Blocks(64, 32, 8, 2), _Blocks(64, 32, 8, 2)),
     (4, 64): (_Blocks(32, 32, 4, 1), _Blocks(32, 32, 4, 1), _Blocks(32, 32, 4, 1)),
