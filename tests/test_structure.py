@@ -47,6 +47,7 @@ LAYERS = [
     ["agents", "answers", "convert", "evals.command"],
     ["runs"],
     ["selection", "export", "evals.tasks"],
+    ["jobs"],
     ["pipeline"],
     ["lab"],
     ["lab.problems", "lab.results"],

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from wmss_jax import arms, data, optim, pipeline, scoring, selection, sharding, step, train, train_state
+from wmss_jax import arms, data, jobs, optim, pipeline, scoring, selection, sharding, step, train, train_state
 from wmss_jax.config import RunConfig
 from wmss_jax.evals.tasks import Tasks, answers, read_tasks
 from wmss_jax.lab.results import Figures, Measured
@@ -105,7 +105,7 @@ class Bench:
         of_weak = {} if elsewhere is None else {"weak": selection.scores(run, run.ref(elsewhere))}
         probs, share = self._draws(recipe, {**of.scores, **of_weak})
         drawn = {} if probs is None else {"joint": probs}
-        return pipeline.arm(run, 1, "joint", arms.objective(recipe, "joint"), of.weak, of.strong, drawn).job, share
+        return jobs.arm(run, 1, "joint", arms.objective(recipe, "joint"), of.weak, of.strong, drawn).job, share
 
     def _draws(self, recipe: RunConfig, scores: Mapping[str, scoring.Scores]) -> tuple[np.ndarray | None, float | None]:
         if not recipe.joint.resample:
