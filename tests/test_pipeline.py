@@ -24,8 +24,10 @@ from wmss_jax import (
     pipeline,
     preemption,
     roles,
+    runs,
     scoring,
     selection,
+    tokenizer,
     train,
 )
 from wmss_jax.evals import tasks
@@ -66,6 +68,15 @@ def refuse(monkeypatch, *functions):
     """Fail the test if any of (module, name) is called."""
     for module, name in functions:
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+
+
+def test_what_saw_no_chat_is_not_asked_in_one(finished):
+    """Neither `wmss generate` nor transformers then puts prompts into a template that was never trained on."""
+    assert tokenizer.load("run/export").chat_template is None
+    rows = [{"messages": [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"}]}]
+    recipes.rows(Path("chats.jsonl"), rows)
+    pairs, with_chats = recipes.load(), recipes.load("dataset.train=[train.jsonl, {path: chats.jsonl}]")
+    assert not runs._in_chats(pairs) and runs._in_chats(with_chats)
 
 
 # -- killed, stopped, gone on with ------------------------------------------------------------------------------------

@@ -95,6 +95,12 @@ def test_train_errors(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+def test_without_chats_there_is_no_template(tmp_path):
+    made = tokenizer.train(chats.TEXTS, 300, tmp_path / "plain", chats=False)
+    assert made.chat_template is None
+    assert made("2 + 3?")["input_ids"] == tokenizer.train(chats.TEXTS, 300, tmp_path / "chats")("2 + 3?")["input_ids"]
+
+
 def test_config_is_read_by_transformers_4_too():
     config = json.loads((chats.directory() / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["chat_template"]

@@ -192,7 +192,7 @@ def _assets(recipe: config.RunConfig, work: Path) -> Any:
             return
         with hf.new_directory(directory) as new:
             if isinstance(m.tokenizer, training_config.TokenizerConfig):
-                made = tokenizer.train(_texts(recipe), m.tokenizer.vocab_size, new)
+                made = tokenizer.train(_texts(recipe), m.tokenizer.vocab_size, new, chats=_in_chats(recipe))
             else:
                 made = tokenizer.load(found)
                 hf.carry(found, new)
@@ -240,16 +240,25 @@ def _tokenizer_inputs(recipe: config.RunConfig, found: Path) -> dict[str, Any]:
     texts = [
         (examples.digest(source, recipe.data), source.model_copy(update={"path": ""})) for source in _sources(recipe)
     ]
-    return {"vocab_size": wanted.vocab_size, "texts": crc(repr(texts).encode())}
+    return {"vocab_size": wanted.vocab_size, "texts": crc(repr(texts).encode()), "chats": _in_chats(recipe)}
 
 
 def _sources(recipe: config.RunConfig) -> tuple[SourceConfig, ...]:
     return (*recipe.dataset.train, *(recipe.pretrain.train if recipe.pretrain else ()))
 
 
+def _examples(recipe: config.RunConfig) -> Iterator[examples.Example]:
+    for source in _sources(recipe):
+        yield from examples.read(source, recipe.data)
+
+
+def _in_chats(recipe: config.RunConfig) -> bool:
+    """Return whether any training example goes through the chat template."""
+    return recipe.dataset.chat_template or any(example.messages is not None for example in _examples(recipe))
+
+
 def _texts(recipe: config.RunConfig) -> Iterator[str]:
     """Give every text of the training examples, for a tokenizer to be trained on."""
-    for source in _sources(recipe):
-        for example in examples.read(source, recipe.data):
-            yield from (message["content"] for message in example.messages or ())
-            yield from (text for text in (example.prompt, example.completion, example.text) if text is not None)
+    for example in _examples(recipe):
+        yield from (message["content"] for message in example.messages or ())
+        yield from (text for text in (example.prompt, example.completion, example.text) if text is not None)

@@ -57,7 +57,9 @@ def load(path_or_hub_id: str | os.PathLike) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def train(texts: Iterable[str], vocab_size: int, out_dir: str | os.PathLike) -> "PreTrainedTokenizerFast":
+def train(
+    texts: Iterable[str], vocab_size: int, out_dir: str | os.PathLike, *, chats: bool = True
+) -> "PreTrainedTokenizerFast":
     """Return a byte-level BPE tokenizer trained on `texts`, and write it to `out_dir`.
 
     Every text has tokens, whatever its script; each digit is a token of its own. The same texts in the same order give
@@ -68,6 +70,7 @@ def train(texts: Iterable[str], vocab_size: int, out_dir: str | os.PathLike) -> 
     Args:
         vocab_size: most tokens it may have, special ones included; fewer if the texts give no more.
         out_dir: must not exist, or be empty; appears whole or not at all.
+        chats: give it the chat template. False for models that never see a chat: nobody is then led to ask them in one.
 
     Raises:
         FileExistsError: `out_dir` holds something.
@@ -91,7 +94,7 @@ def train(texts: Iterable[str], vocab_size: int, out_dir: str | os.PathLike) -> 
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
-    _write(bpe, Path(out_dir))
+    _write(bpe, Path(out_dir), CHAT_TEMPLATE if chats else None)
     return load(out_dir)
 
 
@@ -131,7 +134,7 @@ def _require_fast(tokenizer: Any) -> None:
         raise ValueError(f"{name}: has no fast tokenizer; convert it to a tokenizer.json with transformers")
 
 
-def _write(bpe: Any, out: Path) -> None:
+def _write(bpe: Any, out: Path, chat_template: str | None) -> None:
     """Write what AutoTokenizer reads, in transformers 4 and 5 alike."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; choose another directory or remove it")
@@ -139,8 +142,8 @@ def _write(bpe: Any, out: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS,
         "pad_token": PAD,
-        "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
+        **({} if chat_template is None else {"chat_template": chat_template}),
     }
     partial = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex}")
     partial.mkdir(parents=True)
