@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.ad_checkpoint import print_saved_residuals
 
 import wmss_jax as wmss
 from wmss_jax import hf
@@ -151,10 +152,11 @@ def test_what_a_layer_keeps_for_its_backward_pass(capsys):
     kept = {}
     for remat in ("none", "dots", "full"):
         model = dataclasses.replace(tiny.model(), remat=remat, compute_dtype="bfloat16")
-        jax.ad_checkpoint.print_saved_residuals(model.hidden, tiny.params(model), jnp.zeros((2, 24), jnp.int32))
+        print_saved_residuals(model.hidden, tiny.params(model), jnp.zeros((2, 24), jnp.int32))
         shapes = re.findall(r"^bf16\[2,2,24,([\d,]+)\]", capsys.readouterr().out, re.MULTILINE)  # [L, B, T, ...]
         kept[remat] = sum(math.prod(map(int, shape.split(","))) for shape in shapes)
     D, F, N, K, H = 32, 48, 4, 2, 16
     assert kept["full"] == D
-    assert kept["dots"] == D + (N + 2 * K) * H + D + 2 * F + D, "products of all matrices"
+    # Of q, k, v, o, gate and up; what down gives is added to the stream, whose gradient needs it not.
+    assert kept["dots"] == D + (N + 2 * K) * H + D + 2 * F
     assert kept["none"] > kept["dots"]
