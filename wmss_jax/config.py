@@ -300,6 +300,10 @@ def json_schema(tables: Mapping[str, Mapping[str, type]] | None = None) -> dict[
 
 
 def digest(config: BaseModel) -> str:
-    """Returns 16 hex digits that two configs share exactly if all their values are equal."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """Return 16 hex digits that two configs share exactly if all their values are equal.
+
+    Null is as good as not there: a new field that is off by default leaves the digests of older recipes as they were.
+    """
+    values = config.model_dump(mode="json", exclude_none=True)
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
