@@ -13,7 +13,7 @@ import recipes
 import tiny
 
 import wmss_jax as wmss
-from wmss_jax import agents, hf, pipeline, programs, roles, sharding, tokenizer
+from wmss_jax import agents, hf, pipeline, programs, roles, sharding, tokenizer, train
 from wmss_jax.models.lora import Lora
 from wmss_jax.objectives import OBJECTIVES, LogitMix
 
@@ -123,7 +123,7 @@ def own_tokenizer(root):
 def test_a_smaller_weak_agent_from_elsewhere(root, monkeypatch, overrides):
     other(root / "weak", own_tokenizer(root))
     jobs = []
-    monkeypatch.setattr(pipeline.train, "train", lambda job, real=pipeline.train.train: jobs.append(job) or real(job))
+    monkeypatch.setattr(train, "train", lambda job, real=train.train: jobs.append(job) or real(job))
     recipe = recipes.load(*SHORT, "joint.weak.path=weak", "model.tokenizer=tokenizer", *overrides)
     pipeline.run(recipe, say=lambda _: None)
     joint = jobs[-1]
