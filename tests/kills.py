@@ -158,8 +158,8 @@ def assert_same_run(got: Path, wanted: Path, *, same_recipe: bool = True) -> Non
     """Bitwise: the exported model, every training stage's last state, its metrics; and the answers.
 
     Args:
-        same_recipe: False where the two were told to keep, or to go on from, other checkpoints: the recipe and the card,
-            which has its digest, are then left out.
+        same_recipe: False where the two were told to keep, or to go on from, other checkpoints. The recipe, and the
+            card, which has its digest, are then left out.
     """
     of_the_recipe = () if same_recipe else ("README.md", "wmss_recipe.yaml")
     for name in {path.name for path in (wanted / "export").iterdir()}.difference(of_the_recipe):
