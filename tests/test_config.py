@@ -393,6 +393,8 @@ def sections(draw, model):
     if model is training_config.ModelConfig:
         origins = [{"path": "p", "config": None, "tokenizer": "t"}, {"config": "c", "path": None}]
         drawn |= draw(st.sampled_from(origins))
+    if model is training_config.TrainConfig and drawn.get("checkpoint_bucket") is not None:
+        drawn["checkpoint_bucket"] = "gs://bucket/name"
     if model is training_config.OptimizerConfig and drawn.get("warmup_steps") is not None:
         drawn.pop("warmup_fraction", None)
     if model is stage_config.CurriculumConfig:
