@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 
@@ -13,7 +12,16 @@ import kills
 import pytest
 import recipes
 from bucket import BUCKET
-from test_checkpoint import PROCESS, abstract, assert_same, make_mesh, train_state, value
+from test_checkpoint import (
+    PROCESS,
+    SAID_BY_TWO,
+    abstract,
+    assert_same,
+    make_mesh,
+    said_by_two_processes,
+    train_state,
+    value,
+)
 
 from wmss_jax import checkpoint, cli, stages, storage, training_config
 from wmss_jax.checkpoint import CheckpointDamaged
@@ -278,23 +286,11 @@ def test_killed_at_any_change_of_an_object(gcs):
 
 @pytest.mark.slow
 def test_two_processes(gcs):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     damage = re.search(r"    with open.*\n.*\n", PROCESS)[0]
     program = PROCESS.replace(
         damage, '    from wmss_jax import storage\n    (storage.path(root) / "3/state/_METADATA").write_bytes(b" ")\n'
     )
-    command = [sys.executable, "-c", program, ROOT, port]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen([*command, str(rank)], env=env, **pipes) for rank in range(2)]
-    for rank, process in enumerate(running):
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        said = [line for line in out.splitlines() if line.startswith(("steps", "resumed", "refused"))]
-        first = rank * 32
-        assert said == ["steps [2, 3]", f"resumed 3 {first + 3}.0", f"resumed 2 {first + 1}.0", "refused True"]
+    assert list(said_by_two_processes(program, ROOT)) == SAID_BY_TWO
 
 
 @pytest.mark.slow

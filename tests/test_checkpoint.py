@@ -514,21 +514,29 @@ except checkpoint.CheckpointDamaged as error:
 """
 
 
-@pytest.mark.slow
-def test_two_processes(tmp_path):
+def said_by_two_processes(program, root, *options):
+    """What each of two processes that run the program on one directory says of its steps."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", "-c", PROCESS, str(tmp_path), port]
+    command = [sys.executable, *options, "-c", program, str(root), port]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [subprocess.Popen([*command, str(rank)], env=env, **pipes) for rank in range(2)]
-    for rank, process in enumerate(running):
+    for process in running:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        said = [line for line in out.splitlines() if line.startswith(("steps", "resumed", "refused"))]
-        first = rank * 32
-        assert said == ["steps [2, 3]", f"resumed 3 {first + 3}.0", f"resumed 2 {first + 1}.0", "refused True"]
+        yield [line for line in out.splitlines() if line.startswith(("steps", "resumed", "refused"))]
+
+
+SAID_BY_TWO = [
+    ["steps [2, 3]", f"resumed 3 {first + 3}.0", f"resumed 2 {first + 1}.0", "refused True"] for first in (0, 32)
+]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    assert list(said_by_two_processes(PROCESS, tmp_path, "-W", "error")) == SAID_BY_TWO
 
 
 def test_sharded_arrays_keep_their_layout(tmp_path):

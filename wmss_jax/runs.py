@@ -240,7 +240,11 @@ def _tokenizer_inputs(recipe: config.RunConfig, found: Path) -> dict[str, Any]:
     texts = [
         (examples.digest(source, recipe.data), source.model_copy(update={"path": ""})) for source in _sources(recipe)
     ]
-    return {"vocab_size": wanted.vocab_size, "texts": crc(repr(texts).encode()), "chats": _in_chats(recipe)}
+    return {
+        "vocab_size": wanted.vocab_size,
+        "texts": crc(repr(texts).encode()),
+        "chat_template": recipe.dataset.chat_template,
+    }
 
 
 def _sources(recipe: config.RunConfig) -> tuple[SourceConfig, ...]:

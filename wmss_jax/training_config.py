@@ -175,8 +175,8 @@ class TrainConfig(Section):
     """Parts in which a batch is computed, one after the other, to save memory; divides `dataset.batch_size`.
     Code: 32."""
     head_chunk_tokens: PositiveInt | None = None
-    """Tokens whose logits exist at once on a device; null: as many as 256 MiB of logits hold, on a CPU
-    64."""
+    """Tokens whose logits exist at once on a device; null: as many as 256 MiB of logits hold, on a GPU 1 GiB, on a CPU
+    64 MiB."""
     z_loss: NonNegativeFloat = 0.0
     """Factor on log²Σexp(z) of the trained roles' logits, added to the loss (arXiv 2204.02311). v1, v2 and code: 0."""
     diagnose_every_steps: PositiveInt | None = 100

@@ -19,7 +19,6 @@ import optax
 from jaxtyping import Array, PyTree
 
 from wmss_jax import arms, data, jobs, optim, pipeline, scoring, selection, sharding, step, train, train_state
-from wmss_jax.config import RunConfig
 from wmss_jax.evals.tasks import Tasks, answers, read_tasks
 from wmss_jax.lab.results import Figures, Measured
 from wmss_jax.lab.study import Study
@@ -101,15 +100,16 @@ class Bench:
         if steps is not None:
             recipe = recipe.model_copy(update={"joint": recipe.joint.model_copy(update={"steps": steps})})
         run = dataclasses.replace(of.run, recipe=recipe)
-        elsewhere = recipe.joint.weak.path
-        of_weak = {} if elsewhere is None else {"weak": selection.scores(run, run.ref(elsewhere))}
-        probs, share = self._draws(recipe, {**of.scores, **of_weak})
+        probs, share = self._draws(run, of.scores)
         drawn = {} if probs is None else {"joint": probs}
         return jobs.arm(run, 1, "joint", arms.objective(recipe, "joint"), of.weak, of.strong, drawn).job, share
 
-    def _draws(self, recipe: RunConfig, scores: Mapping[str, scoring.Scores]) -> tuple[np.ndarray | None, float | None]:
+    def _draws(self, run: Run, scores: Mapping[str, scoring.Scores]) -> tuple[np.ndarray | None, float | None]:
+        recipe = run.recipe
         if not recipe.joint.resample:
             return None, None
+        if (elsewhere := recipe.joint.weak.path) is not None:
+            scores = {**scores, "weak": selection.scores(run, run.ref(elsewhere))}
         c = recipe.joint.curriculum or recipe.curriculum
         n = len(scores["strong"].entropy)
         probs, report = selection.probabilities(c, {} if c.control == "uniform" else scores, n, recipe.seed)
